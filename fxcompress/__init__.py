@@ -1,0 +1,1 @@
+"""fxcompress: a graph-level model compression compiler on ``torch.fx``."""

@@ -1,0 +1,1 @@
+"""What a graph costs and how its parts depend on each other; nothing here changes a graph."""

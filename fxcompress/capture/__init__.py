@@ -1,0 +1,5 @@
+"""From a user's model to one functional graph of layers and ATen operations."""
+
+from fxcompress.capture.capture import capture
+
+__all__ = ["capture"]

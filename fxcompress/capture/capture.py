@@ -1,0 +1,85 @@
+"""``capture()``: any model the user has, to the one form of graph that every pass and backend works on."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxcompress.capture.export import export_program, flatten_program
+from fxcompress.capture.inputs import bind, example_inputs
+from fxcompress.capture.raising import raise_graph
+from fxcompress.errors import PreconditionError
+from fxcompress.graph.info import GraphInfo
+
+__all__ = ["capture", "check_model"]
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs_: object = None,
+    *,
+    dynamic_shapes: object = "batch",
+) -> fx.GraphModule:
+    """Bring ``model`` to one functional, raised graph. The model is left exactly as it was.
+
+    Args:
+        model: an ``nn.Module`` in eval mode (a ``GraphModule`` too), or an ``ExportedProgram``.
+        example_inputs_: positional arguments as a tuple, or keyword arguments as a dict. Without them the model is
+            traced symbolically, and passes that need shapes refuse the graph.
+        dynamic_shapes: ``"batch"`` keeps dim 0 symbolic; None fixes all sizes; or per argument and dim, as
+            ``{"x": {0: "batch", 2: "height"}}``.
+
+    Returns:
+        A ``GraphModule`` in eval mode, called as the model is, whose weights share memory with the model's.
+
+    Raises:
+        PreconditionError: not a model, in training mode, NaN or infinite weights, inputs that do not fit.
+        CaptureError: the model has no functional graph; says which line is in the way.
+    """
+    if isinstance(model, ExportedProgram):
+        return raise_graph(flatten_program(model), None)
+    check_model(model)
+    if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxcompress"), GraphInfo):
+        from fxcompress.graph.edit import copy_graph
+
+        return copy_graph(model)
+    if example_inputs_ is None:
+        from fxcompress.capture.symbolic import trace_symbolically
+
+        return trace_symbolically(model)
+    inputs = example_inputs(example_inputs_)
+    names = tuple(bind(model, inputs))
+    program = export_program(model, inputs, dynamic_shapes)
+    return raise_graph(flatten_program(program, names), model)
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be captured before any work is done.
+
+    Raises:
+        PreconditionError: not a module, training mode, or a weight that is NaN or infinite.
+    """
+    if not isinstance(model, nn.Module):
+        raise PreconditionError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module",
+            remedy="hand in an nn.Module, an ExportedProgram or a GraphModule",
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise PreconditionError(
+            "the model is TorchScript, which has no FX graph", remedy="hand in the nn.Module it was scripted from"
+        )
+    if not isinstance(model, fx.GraphModule):
+        training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+        if training:
+            raise PreconditionError(
+                f"the model is in training mode ({', '.join(training[:3])}{' …' if len(training) > 3 else ''})",
+                remedy="call model.eval() first; the compiled module trains after compiled.module.train()",
+            )
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            raise PreconditionError(
+                f"the parameter {name!r} holds NaN or infinite values",
+                where=name,
+                remedy="load a sound checkpoint; fxcompress will not compress a broken model",
+            )

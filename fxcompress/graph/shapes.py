@@ -1,0 +1,127 @@
+"""Fake-tensor propagation: what every node produces, without computing it.
+
+``meta["val"]`` of a node is a fake tensor with the symbolic batch kept, a ``SymInt``, or a tuple of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_arg
+
+from fxcompress.errors import GraphError
+from fxcompress.graph.info import info
+
+__all__ = ["infer", "propagate", "same_value", "source_line", "where"]
+
+
+def source_line(node: fx.Node) -> str | None:
+    """The user's line that made ``node``: ``"model.py:12 in forward: x = self.conv(x)"``, if it is known."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
+        return None
+    frame = lines[frames[-1]]
+    code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+    path, _, rest = frame.removeprefix('File "').partition('", line ')
+    number, _, function = rest.partition(", in ")
+    return f"{path}:{number} in {function}: {code}"
+
+
+def where(node: fx.Node) -> str:
+    """The node and, where it is known, the user's source line: for error messages and reports."""
+    line = source_line(node)
+    return f"node {node.name!r}" + (f" ({line})" if line else "")
+
+
+def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
+    """What ``node`` produces, computed on the fake values of its inputs.
+
+    Raises:
+        GraphError: the operation does not accept those inputs; names the node and its source line.
+    """
+    mode = info(graph_module).fake_mode
+    args = map_arg(node.args, lambda n: n.meta["val"])
+    kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
+    try:
+        with mode, torch.no_grad():
+            if node.op == "call_function":
+                assert callable(node.target)
+                return node.target(*args, **kwargs)
+            if node.op == "call_module":
+                return _infer_module(mode, graph_module.get_submodule(str(node.target)), args, kwargs)
+            if node.op == "get_attr":
+                return _fake(mode, _attribute(graph_module, str(node.target)))
+            return node.meta.get("val")
+    except Exception as error:
+        raise GraphError(
+            f"{node.target} does not accept its inputs: {str(error).splitlines()[0] if str(error) else error!r}",
+            where=where(node),
+            remedy="a rewrite changed a shape or dtype without adapting this node",
+        ) from error
+
+
+def _infer_module(mode: FakeTensorMode, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    # The module's own tensors are replaced by fakes for this one call, so that a batch norm in train mode
+    # updates a fake running mean and never the real one.
+    state = {name: _fake(mode, tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
+    state |= {name: _fake(mode, tensor) for name, tensor in module.named_buffers(remove_duplicate=False)}
+    return torch.func.functional_call(module, state, args, kwargs)
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+
+
+def _attribute(graph_module: fx.GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), name)
+
+
+def propagate(graph_module: fx.GraphModule, dirty: Iterable[fx.Node] | None = None) -> None:
+    """Refresh ``meta["val"]`` of the ``dirty`` nodes and of everything whose inputs changed because of them.
+
+    With ``dirty=None`` the whole graph is refreshed. One pass over the graph in either case; nodes whose inputs
+    kept shape and dtype are not computed again.
+    """
+    pending = None if dirty is None else set(dirty)
+    changed: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if pending is not None and node not in pending and changed.isdisjoint(node.all_input_nodes):
+            continue
+        before = node.meta.get("val")
+        node.meta["val"] = infer(graph_module, node)
+        if not same_value(before, node.meta["val"]):
+            changed.add(node)
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Whether two ``meta["val"]`` agree in structure, shape and dtype."""
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return left.dtype == right.dtype and _same_sizes(left.shape, right.shape)
+    if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
+        return False
+    return _same_size(left, right)
+
+
+def _same_sizes(left: Iterable[Any], right: Iterable[Any]) -> bool:
+    left, right = tuple(left), tuple(right)
+    return len(left) == len(right) and all(map(_same_size, left, right))
+
+
+def _same_size(left: Any, right: Any) -> bool:
+    # Compared as expressions: comparing SymInts would add a guard, and with it a constraint on the batch.
+    if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
+        return type(left) is type(right) and left.node.expr == right.node.expr
+    return bool(left == right)

@@ -1,0 +1,132 @@
+"""What a pass is: options, a numerics class, and ``run``, which says what it changed and what it left, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+__all__ = ["Numerics", "Pass", "PassContext", "PassResult", "Rewrite", "Skip"]
+
+
+class Numerics(enum.Enum):
+    """How far outputs may move; the manager proves the first two on the example inputs and measures the third."""
+
+    EXACT = "exact"
+    """The same arithmetic in the same order: outputs are equal."""
+    REASSOCIATED = "reassociated"
+    """Equal in real arithmetic; rounding differs (folding a norm into a convolution)."""
+    LOSSY = "lossy"
+    """An approximation: the error is measured and reported."""
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One site that a pass changed.
+
+    Attributes:
+        site: the layer or node, by the name it had before.
+        result: what became of it, in a few words: ``"folded into conv1"``.
+        detail: figures and facts for the report; JSON-able.
+    """
+
+    site: str
+    result: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One site that a pass looked at and left.
+
+    Attributes:
+        site: the layer or node.
+        code: a stable, greppable reason: ``"shared_value"``.
+        reason: one sentence for people.
+        blocking: names of the nodes that stand in the way.
+    """
+
+    site: str
+    code: str
+    reason: str
+    blocking: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns: the graph and the account of it."""
+
+    graph_module: fx.GraphModule
+    rewrites: tuple[Rewrite, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was rewritten."""
+        return bool(self.rewrites)
+
+
+@dataclass
+class PassContext:
+    """What a pass may know beside the graph.
+
+    Attributes:
+        example_inputs: flat leaves in placeholder order, or None when the user gave none.
+        original: the graph as captured, before any pass: the default teacher and reference.
+        seed: for passes that draw random numbers.
+        progress: called with (done, total, what) by long passes.
+    """
+
+    example_inputs: Sequence[Any] | None = None
+    original: fx.GraphModule | None = None
+    seed: int = 0
+    progress: Callable[[int, int, str], None] | None = None
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """Base of all passes: a frozen dataclass whose fields are its options, validated in ``__post_init__``.
+
+    ``run`` gets a working copy of the graph that it may edit (only through
+    :class:`~fxcompress.graph.edit.GraphEditor`) and returns it in a :class:`PassResult`. It never writes into a
+    tensor: weights are shared with the user's model. Every site it looks at and leaves is a :class:`Skip`.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics]
+    needs_inputs: ClassVar[bool] = False
+
+    @abstractmethod
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """Rewrite ``graph_module`` and say what was done."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options as plain values for manifests and reports."""
+        return {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        changed = [
+            f"{item.name}={getattr(self, item.name)!r}"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,1 @@
+"""Number formats for quantized tensors: schemes, observers and fake-quantization modules."""

@@ -1,0 +1,1 @@
+"""Search for a compression recipe: spaces, objectives and the runner."""

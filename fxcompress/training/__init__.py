@@ -1,0 +1,1 @@
+"""Training loops for the passes that train: fine-tuning, distillation, quantization-aware."""
