@@ -69,7 +69,10 @@ def _parameters(structure: Structure) -> list[tuple[str | None, Structure]]:
     """Parameters in order, positional first. A positional one may be nameless."""
     positional, keywords = structure.children
     known: Sequence[Any] = positional.keys or [None] * len(positional.children)
-    return [*zip(known, positional.children, strict=True), *zip(map(str, keywords.keys), keywords.children, strict=True)]
+    return [
+        *zip(known, positional.children, strict=True),
+        *zip(map(str, keywords.keys), keywords.children, strict=True),
+    ]
 
 
 def _bind_parameters(

@@ -15,7 +15,7 @@ from fxcompress.errors import PreconditionError
 
 __all__ = ["SCALARS", "Container", "Scalar", "describe", "fields_of", "listed", "type_name"]
 
-Scalar: TypeAlias = None | bool | int | float | str
+Scalar: TypeAlias = bool | int | float | str | None
 Container: TypeAlias = Literal["tuple", "list", "dict", "namedtuple", "record"]
 
 SCALARS = (bool, int, float, str, type(None))

@@ -244,7 +244,7 @@ def _read(spec: pytree.TreeSpec, positions: Iterator[int], constants: Mapping[in
         return Structure("constant", value=value)
     kind, keys, absent, type_ = describe(spec)
     children = tuple(_read(child, positions, constants) for child in spec.children())
-    return Structure(kind, keys, children, None, type_ and type_name(type_), absent)
+    return Structure(kind, keys, children, None, type_name(type_) if type_ else None, absent)
 
 
 def _same_constant(fixed: Scalar, value: Any) -> bool:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxcompress.options import check_types
+
 __all__ = ["Numerics", "Pass", "PassContext", "PassResult", "Rewrite", "Skip"]
 
 
@@ -101,6 +103,14 @@ class Pass(ABC):
     name: ClassVar[str]
     numerics: ClassVar[Numerics]
     needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the options' types; a pass with further conditions calls this first.
+
+        Raises:
+            OptionError: an option has the wrong type.
+        """
+        check_types(self)
 
     @abstractmethod
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:

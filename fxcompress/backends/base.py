@@ -1,0 +1,173 @@
+"""What a backend is: it writes a graph into a bundle, and loads such a bundle as an engine.
+
+A new backend is one frozen dataclass: its fields are its options, ``name`` its name in manifests and on the command
+line, :meth:`Backend.write` puts files into a directory, :meth:`Backend.load` opens them. Staging, hashing, the
+manifest, verification and clean-up on failure are done here, once for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, fx
+
+from fxcompress.backends.bundle import Manifest, PassRecord
+from fxcompress.backends.bundle_writer import BundleWriter, library_versions
+from fxcompress.backends.engine import Engine
+from fxcompress.backends.signature import Signature, TensorSpec, signature_of
+from fxcompress.backends.verification import verify_engine
+from fxcompress.errors import BackendError, OptionError, nearest
+
+__all__ = ["Backend", "BuildContext", "Engine", "PassRecord", "Signature", "TensorSpec", "verify_engine"]
+
+
+def _silent(_: str) -> None:
+    """Report nothing."""
+
+
+@dataclass
+class BuildContext:
+    """What the pipeline hands to a backend beside the graph.
+
+    Attributes:
+        passes: what was done to the graph, for the manifest.
+        example_inputs: flat, one tensor per input; None if there are none.
+        progress: called with a few words before each step.
+        measurements: figures for the manifest; a backend adds its own.
+        verify: called with the engine before its bundle is put into place; the figures that it returns go into the
+            manifest under ``"verification"``, and what it raises leaves nothing on disk. Not called for an engine
+            that cannot run on this machine.
+    """
+
+    passes: Sequence[PassRecord] = ()
+    example_inputs: Sequence[Tensor] | None = None
+    progress: Callable[[str], None] = _silent
+    measurements: dict[str, Any] = field(default_factory=dict)
+    verify: Callable[[Engine], Mapping[str, Any]] | None = None
+
+
+class Backend(ABC):
+    """Base of all backends; a subclass is a frozen dataclass whose fields are options of JSON's types.
+
+    Class attributes:
+        name: in manifests, registries and on the command line.
+        packages: distributions whose versions the manifest records.
+    """
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+
+    # -- to implement ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
+        """Write the engine's files into ``directory``, which is empty, exists, and will be moved afterwards.
+
+        Args:
+            graph_module: a captured graph; it is not changed.
+            directory: for the files; subdirectories are fine, symbolic links are not.
+            signature: names, shapes and dtypes that the engine shall have.
+            context: of the build; ``measurements`` may be added to.
+
+        Raises:
+            BackendError: this graph cannot be lowered; names the node.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> Engine:
+        """Open the engine in the bundle at ``path``, whose files are already checked.
+
+        Args:
+            path: the bundle's directory.
+            manifest: of the bundle.
+            overrides: options that replace those in the manifest, by name.
+
+        Raises:
+            OptionError: an override is unknown or outside its range.
+            BackendError: the library refuses the files, or lacks what the options ask for.
+        """
+
+    # -- done here ---------------------------------------------------------------------------------------------
+
+    def build(self, graph_module: fx.GraphModule, output: str | Path | None, context: BuildContext) -> Engine:
+        """Lower a graph to an engine in a bundle.
+
+        Args:
+            graph_module: a captured graph; it is not changed.
+            output: where the bundle shall be; None keeps it in a temporary directory for as long as the engine
+                lives.
+            context: of the build.
+
+        Returns:
+            the engine, ready to run, verified if ``context.verify`` is given.
+
+        Raises:
+            BundleError: the bundle cannot be written at ``output``.
+            BackendError: the graph cannot be lowered, or the engine cannot be opened.
+            VerificationError: from ``context.verify``.
+        """
+        signature = signature_of(graph_module, context.example_inputs)
+        with BundleWriter(output) as writer:
+            try:
+                self.write(graph_module, writer.directory, signature, context)
+            except OSError as error:
+                raise BackendError(
+                    f"writing the {self.name} engine failed: {error}",
+                    remedy="make room on the disk, or choose another output",
+                ) from error
+            draft = Manifest(
+                "engine",
+                self.name,
+                signature.inputs,
+                signature.outputs,
+                signature.input_structure,
+                signature.output_structure,
+                options=self.options(),
+                passes=tuple(context.passes),
+                measurements=context.measurements,
+                versions=library_versions(self.packages),
+            )
+            context.progress(f"load {self.name} engine")
+            engine = type(self).load(writer.directory, draft)
+            try:
+                if context.verify is not None:
+                    context.progress(f"verify {self.name} engine")
+                    skipped = {"skipped": engine.unavailable}
+                    found = skipped if engine.unavailable else dict(context.verify(engine))
+                    context.measurements["verification"] = found
+                path, manifest = writer.commit(draft)
+            except BaseException:
+                engine.close()
+                raise
+        engine._settle(path, manifest, writer.temporary)
+        return engine
+
+    def options(self) -> dict[str, Any]:
+        """The options by name."""
+        assert dataclasses.is_dataclass(self) and not isinstance(self, type)
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest, overrides: Mapping[str, Any]) -> Self:
+        """The backend with the options of a manifest, ``overrides`` taking precedence.
+
+        Raises:
+            OptionError: an option is unknown or outside its range.
+        """
+        assert dataclasses.is_dataclass(cls)
+        known = [option.name for option in dataclasses.fields(cls)]
+        told = {**manifest.options, **overrides}
+        for name in told:
+            if name not in known:
+                raise OptionError(
+                    f"backend {cls.name!r} has no option {name!r}",
+                    where=f"{cls.__name__}.{name}",
+                    remedy=nearest(name, known),
+                )
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})

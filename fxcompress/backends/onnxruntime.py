@@ -1,0 +1,267 @@
+"""Engines for CPUs, and whatever else ONNX Runtime has an execution provider for: graph → ONNX → ONNX Runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import fx
+
+from fxcompress.backends.base import Backend, BuildContext, Signature
+from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.engine import Engine
+from fxcompress.backends.tensors import Array, numpy_dtype
+from fxcompress.errors import BackendError, OptionError, nearest
+
+__all__ = ["MODEL_FILE", "OnnxRuntime", "OnnxRuntimeEngine"]
+
+MODEL_FILE = "model.onnx"
+
+OptimizationLevel = Literal["all", "extended", "basic", "disabled"]
+_LEVELS = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_LEAST_OPSET = 18  # of torch.onnx.export(dynamo=True)
+_ERRORS_ONLY = 3
+_DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they differ from torch's
+
+
+@dataclass(frozen=True)
+class OnnxRuntime(Backend):
+    """Lower to ONNX and run with ONNX Runtime.
+
+    Attributes:
+        threads: that share one operator (intra-op); None leaves it to ONNX Runtime: one per physical core.
+        providers: execution providers in order of preference, ``"CUDAExecutionProvider"`` say. All must be there:
+            ONNX Runtime's silent fall back to the CPU is an error here.
+        optimization_level: of ONNX Runtime's graph optimizer: ``"all"``, ``"extended"``, ``"basic"``, ``"disabled"``.
+        opset: of the ONNX file; None takes the exporter's default.
+        simplify: run onnxsim over the ONNX file.
+
+    Raises:
+        OptionError: an option is of the wrong type, unknown, or outside its range.
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxsim", "onnxruntime")
+
+    threads: int | None = None
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    optimization_level: OptimizationLevel = "all"
+    opset: int | None = None
+    simplify: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.providers, list):
+            object.__setattr__(self, "providers", tuple(self.providers))
+        _require(self.threads is None or _whole(self.threads, 1), "threads", self.threads, "give 1 or more, or None")
+        known = onnxruntime.get_all_providers()
+        _require(isinstance(self.providers, tuple) and bool(self.providers), "providers", self.providers, "name one")
+        for provider in self.providers:
+            _require(provider in known, "providers", provider, nearest(str(provider), known))
+        level = self.optimization_level
+        _require(level in get_args(OptimizationLevel), "optimization_level", level, nearest(str(level), _LEVELS))
+        newest = onnx.defs.onnx_opset_version()
+        fits = self.opset is None or (_whole(self.opset, _LEAST_OPSET) and self.opset <= newest)
+        _require(fits, "opset", self.opset, f"give {_LEAST_OPSET} to {newest}, or None")
+        _require(isinstance(self.simplify, bool), "simplify", self.simplify, "give True or False")
+
+    def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
+        # Loading an engine shall not need the exporter, so it is imported where a graph is lowered.
+        from fxcompress.backends.onnx_export import write_onnx
+
+        write_onnx(
+            graph_module,
+            directory / MODEL_FILE,
+            input_names=[spec.name for spec in signature.inputs],
+            output_names=[spec.name for spec in signature.outputs],
+            opset=self.opset,
+            simplify=self.simplify,
+            progress=context.progress,
+        )
+
+    @classmethod
+    def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(path, manifest, cls.from_manifest(manifest, overrides))
+
+    def session_options(self) -> onnxruntime.SessionOptions:
+        """These options as ONNX Runtime takes them; warnings of the library are silenced, errors are raised."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.graph_optimization_level = _LEVELS[self.optimization_level]
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        return options
+
+
+class OnnxRuntimeEngine(Engine):
+    """A model in an ONNX Runtime session.
+
+    Args:
+        path: the bundle's directory, with ``model.onnx`` in it.
+        manifest: of the bundle.
+        backend: options of the session.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``, for profiling and the like.
+        backend: the options in force.
+
+    Raises:
+        BackendError: a provider is missing, ONNX Runtime refuses the model, or the model's inputs and outputs are
+            not those of the manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, backend: OnnxRuntime) -> None:
+        super().__init__(path, manifest)
+        self.backend = backend
+        self.session = _open(self.path / MODEL_FILE, backend, backend.session_options())
+        self._outputs = [spec.name for spec in manifest.outputs]
+        self._fed = self._check_against_manifest()
+        self._all_fed = len(self._fed) == len(manifest.inputs)
+        # numpy has no bfloat16, so a model with one at its door is fed through DLPack.
+        specs = [*manifest.inputs, *manifest.outputs]
+        self._through_numpy = all(numpy_dtype(spec.dtype) is not None for spec in specs)
+
+    def _execute(self, inputs: list[Array]) -> Sequence[Array]:
+        feed = dict(zip(self._names, inputs, strict=True))
+        if not self._all_fed:
+            feed = {name: feed[name] for name in self._fed}
+        try:
+            if self._through_numpy:
+                outputs: Sequence[Array] = self.session.run(self._outputs, feed)
+                return outputs
+            values = {name: _ort_value(value) for name, value in feed.items()}
+            results = self.session.run_with_ort_values(self._outputs, values)
+            return [_array(result) for result in results]
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise BackendError(
+                f"ONNX Runtime failed: {_first_line(error)}",
+                where=str(self.path),
+                remedy="the inputs' sizes may be too small for the model, or memory may be short",
+            ) from error
+
+    def _release(self) -> None:
+        del self.session
+
+    def optimized_op_counts(self) -> dict[str, int]:
+        """How often each ONNX operator occurs in the graph as ONNX Runtime runs it, most frequent first.
+
+        This, not the exported file, shows whether quantization reached the integer kernels. Operators in the
+        branches of ``If`` and ``Loop`` count too.
+
+        Raises:
+            BackendError: the engine is closed, or ONNX Runtime cannot write the optimized model.
+        """
+        if self._closed:
+            raise self._cannot_run()
+        with tempfile.TemporaryDirectory() as directory:
+            target = Path(directory) / "optimized.onnx"
+            options = self.backend.session_options()
+            options.optimized_model_filepath = str(target)
+            # Weights go beside the graph, so that a model over 2 GB can be written, and need not be read.
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+            _open(self.path / MODEL_FILE, self.backend, options)
+            model = onnx.load(target, load_external_data=False)
+        return dict(Counter(_op_types(model.graph.node)).most_common())
+
+    def _check_against_manifest(self) -> list[str]:
+        """The names of the inputs to feed; an input that nothing reads may have been dropped from the model."""
+        where = str(self.path / MODEL_FILE)
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        for what, found, specs in (
+            ("input", inputs, self.manifest.inputs),
+            ("output", outputs, self.manifest.outputs),
+        ):
+            told = {spec.name: spec for spec in specs}
+            names = [item.name for item in found]
+            if not set(names) <= told.keys() or (what == "output" and set(names) != told.keys()):
+                raise BackendError(
+                    f"the model's {what}s are {names}, the manifest's {list(told)}", where=where, remedy="build it anew"
+                )
+            for item in found:
+                spec, dtype = told[item.name], item.type.removeprefix("tensor(").removesuffix(")")
+                if _DTYPES.get(dtype, dtype) != spec.dtype or not _shapes_agree(item.shape, spec.shape):
+                    raise BackendError(
+                        f"the model's {what} {item.name!r} is {dtype}{item.shape}, the manifest's {spec}",
+                        where=where,
+                        remedy="a dynamic size was fixed, or a dtype changed, at export; report the model",
+                    )
+        return [item.name for item in inputs]
+
+
+def _open(model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    missing = [provider for provider in backend.providers if provider not in available]
+    if missing:
+        raise BackendError(
+            f"this ONNX Runtime has no {', '.join(missing)}",
+            where="providers",
+            remedy=f"install a build of onnxruntime that has it, or use: {', '.join(available)}",
+        )
+    try:
+        session = onnxruntime.InferenceSession(str(model), options, providers=list(backend.providers))
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise BackendError(
+            f"ONNX Runtime cannot open the model: {_first_line(error)}",
+            where=str(model),
+            remedy=f"this is onnxruntime {onnxruntime.__version__}; the model may need a newer one, or be built anew",
+        ) from error
+    session.disable_fallback()
+    refused = [provider for provider in backend.providers if provider not in session.get_providers()]
+    if refused:
+        raise BackendError(
+            f"ONNX Runtime could not start {', '.join(refused)}",
+            where="providers",
+            remedy="check the provider's driver and libraries, or load with providers=('CPUExecutionProvider',)",
+        )
+    return session
+
+
+def _shapes_agree(model: Sequence[int | str | None], manifest: Sequence[int | str]) -> bool:
+    """Same rank, and every size that is fixed in the model is the same in the manifest."""
+    pairs = zip(model, manifest, strict=False)
+    return len(model) == len(manifest) and all(not isinstance(a, int) or a == b for a, b in pairs)
+
+
+def _ort_value(value: Array) -> onnxruntime.OrtValue:
+    if isinstance(value, torch.Tensor):
+        return onnxruntime.OrtValue.from_dlpack(value.cpu().contiguous())
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+
+
+def _array(value: onnxruntime.OrtValue) -> Array:
+    dtype = value.data_type().removeprefix("tensor(").removesuffix(")")
+    return torch.from_dlpack(value) if numpy_dtype(_DTYPES.get(dtype, dtype)) is None else value.numpy()
+
+
+def _op_types(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
+    for node in nodes:
+        yield node.op_type
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _op_types(graph.node)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _require(right: bool, option: str, value: Any, remedy: str) -> None:
+    if not right:
+        raise OptionError(f"option {option} is {value!r}", where=f"OnnxRuntime.{option}", remedy=remedy)

@@ -1,0 +1,101 @@
+"""Proof that a captured graph computes what the user's model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress.capture.preserve import preserved
+from fxcompress.errors import VerificationError
+from fxcompress.graph.running import dynamic_sizes, max_relative_error, nested_inputs, outputs_of, resized
+
+__all__ = ["CaptureCheck", "check_capture"]
+
+# Capture repeats the user's operations one for one; only kernels chosen by layout may round otherwise.
+_ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class CaptureCheck:
+    """What the comparison of a captured graph with the model found.
+
+    Attributes:
+        errors: largest relative error by sizes of the dynamic dims: ``{"batch=2": 0.0, "batch=3": 0.0}``.
+        outputs: flat outputs of the graph on the example inputs.
+        other_inputs: flat inputs at other sizes of the dynamic dims; None if there are no dynamic dims.
+        notes: what could not be compared, and why.
+    """
+
+    errors: dict[str, float]
+    outputs: list[Any]
+    other_inputs: list[Any] | None
+    notes: list[str] = field(default_factory=list)
+
+
+def check_capture(model: nn.Module, graph_module: fx.GraphModule, leaves: Sequence[Any]) -> CaptureCheck:
+    """Run model and graph on the example inputs, and again with every dynamic dim one longer.
+
+    Args:
+        model: the user's; it is left as it was.
+        graph_module: what :func:`~fxcompress.capture.capture` made of it.
+        leaves: flat example inputs.
+
+    Raises:
+        VerificationError: the graph computes something else.
+    """
+    other = other_sizes(graph_module, leaves)
+    errors: dict[str, float] = {}
+    outputs: list[Any] = []
+    notes: list[str] = []
+    for index, inputs in enumerate([leaves] if other is None else [leaves, other]):
+        sizes = _told(graph_module, inputs)
+        args, kwargs = nested_inputs(graph_module, inputs)
+        ours = outputs_of(graph_module, args, kwargs)
+        if index == 0:
+            outputs = ours
+        try:
+            with preserved(model):
+                theirs = outputs_of(model, *_fresh(args, kwargs))
+        except Exception as error:
+            if index == 0:
+                raise
+            notes.append(f"the model itself fails at {sizes}: {type(error).__name__}: {error}".splitlines()[0])
+            continue
+        error_, output = max_relative_error(theirs, ours)
+        errors[sizes] = error_
+        dtypes = [leaf.dtype for leaf in theirs if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        allowed = max((_ALLOWED.get(dtype, 5e-2) for dtype in dtypes), default=0.0)
+        if not error_ <= allowed:
+            raise VerificationError(
+                f"the captured graph differs from the model: output {output} by {error_:.3g} relative to its largest "
+                f"value at {sizes}; {allowed:.3g} is allowed",
+                remedy="the forward pass depends on something that tracing does not see: global state, random numbers "
+                "of another library, or a Python branch on a size; verify=False skips this check",
+            )
+    return CaptureCheck(errors, outputs, other, notes)
+
+
+def other_sizes(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> list[Any] | None:
+    """The example inputs with every dynamic dim one longer; None where nothing is dynamic."""
+    sizes = dynamic_sizes(graph_module, leaves)
+    return resized(graph_module, leaves, {symbol: size + 1 for symbol, size in sizes.items()}) if sizes else None
+
+
+def _told(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> str:
+    from fxcompress.graph.info import info
+
+    names = info(graph_module).dim_names
+    sizes = dynamic_sizes(graph_module, leaves)
+    return ", ".join(f"{names.get(symbol, symbol)}={size}" for symbol, size in sizes.items()) or "fixed sizes"
+
+
+def _fresh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # A model may write into its inputs; the user's example tensors are not ours to let it write into.
+    from torch.utils import _pytree as pytree
+
+    copied = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, (args, kwargs))
+    return copied[0], copied[1]

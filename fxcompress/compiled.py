@@ -1,0 +1,184 @@
+"""What ``compile()`` gives back: a model that runs, trains, exports, saves, and tells what was done to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx
+
+from fxcompress.backends.base import Backend, BuildContext, Engine
+from fxcompress.backends.base import PassRecord as ManifestPass
+from fxcompress.backends.bundle import Manifest, read_manifest
+from fxcompress.backends.bundle_writer import BundleWriter
+from fxcompress.backends.registry import resolve_backend
+from fxcompress.backends.signature import signature_of
+from fxcompress.backends.verification import verify_engine
+from fxcompress.capture.check import other_sizes
+from fxcompress.errors import BundleError
+from fxcompress.graph import serialize
+from fxcompress.graph.printer import format_graph
+from fxcompress.graph.running import nested_inputs, outputs_of
+from fxcompress.reporting.model import EngineReport, Report
+
+__all__ = ["Compiled", "load"]
+
+_GRAPH, _WEIGHTS, _REPORT = "graph.json", "weights.safetensors", "report.json"
+# Largest relative error that an engine may show against PyTorch, by the widest rounding among its outputs.
+_ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Compiled:
+    """A compiled model.
+
+    Attributes:
+        module: the rewritten graph, an ordinary trainable ``GraphModule`` with weights of its own.
+        report: what each step changed, skipped and cost.
+        engine: the engine that ``backend=`` asked for, or None.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        report: Report,
+        *,
+        example_inputs: Sequence[Any] | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        self.module = module
+        self.report = report
+        self.engine = engine
+        self._example_inputs = example_inputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph in PyTorch, called and returning as the user's model did."""
+        return self.module(*args, **kwargs)
+
+    def __str__(self) -> str:
+        return format_graph(self.module)
+
+    def __repr__(self) -> str:
+        engine = f", engine={self.engine!r}" if self.engine is not None else ""
+        return f"<Compiled: {len(self.module.graph.nodes)} nodes, {len(self.report.passes)} passes{engine}>"
+
+    def export(
+        self, backend: str | Backend, output: str | Path | None = None, *, verify: bool = True
+    ) -> Engine:
+        """Lower the graph to an engine.
+
+        Args:
+            backend: a name (``"onnxruntime"``) or an instance with options.
+            output: directory of the bundle; None keeps it in a temporary directory while the engine lives.
+            verify: run the engine against PyTorch on the example inputs, at two sizes of the dynamic dims.
+
+        Raises:
+            BackendError: the graph cannot be lowered.
+            VerificationError: the engine computes something else; nothing is left on disk.
+            BundleError: the output cannot be written.
+        """
+        return build_engine(
+            self.module, resolve_backend(backend), output, self.report, self._example_inputs if verify else None
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to a directory that :func:`load` reads without the model's code and without pickle.
+
+        Raises:
+            BundleError: the path exists and is not empty, or cannot be written, or the graph holds what has no
+                serial form.
+        """
+        signature = signature_of(self.module, self._example_inputs)
+        with BundleWriter(path) as writer:
+            directory = writer.directory
+            (directory / _GRAPH).write_text(json.dumps(serialize.graph_to_json(self.module)), encoding="utf-8")
+            save_file(serialize.weights(self.module), directory / _WEIGHTS)
+            (directory / _REPORT).write_text(self.report.to_json(), encoding="utf-8")
+            written, _ = writer.commit(
+                Manifest(
+                    "graph",
+                    None,
+                    signature.inputs,
+                    signature.outputs,
+                    signature.input_structure,
+                    signature.output_structure,
+                    passes=manifest_passes(self.report),
+                )
+            )
+        return written
+
+
+def load(path: str | Path) -> Compiled:
+    """Load what :meth:`Compiled.save` wrote: it runs, trains, exports, and compiles further.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, altered, of a newer format, or holds an engine
+            (:func:`fxcompress.load_engine` loads those).
+    """
+    directory = Path(path)
+    read_manifest(directory, kind="graph")
+    try:
+        document = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
+        weights = load_file(directory / _WEIGHTS)
+        report = Report.from_dict(json.loads((directory / _REPORT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"the saved graph cannot be read: {error}", where=str(directory), remedy="save the model again"
+        ) from error
+    return Compiled(serialize.load_graph(document, weights), report)
+
+
+def build_engine(
+    graph_module: fx.GraphModule,
+    backend: Backend,
+    output: str | Path | None,
+    report: Report,
+    example_inputs: Sequence[Any] | None,
+    *,
+    outputs: list[Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Engine:
+    """Build, verify (where there are example inputs) and account for an engine; ``report.engine`` is filled in."""
+    context = BuildContext(passes=manifest_passes(report), example_inputs=example_inputs)
+    if progress is not None:
+        context.progress = progress
+    if example_inputs is not None:
+        leaves = example_inputs
+        context.verify = lambda engine: _verified(engine, graph_module, leaves, outputs)
+    engine = backend.build(graph_module, output, context)
+    report.engine = EngineReport.from_engine(engine)
+    return engine
+
+
+def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
+    """The passes of a report as a manifest lists them."""
+    return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)
+
+
+def _verified(
+    engine: Engine, graph_module: fx.GraphModule, leaves: Sequence[Any], outputs: list[Any] | None
+) -> dict[str, Any]:
+    sets = [list(leaves)]
+    other = other_sizes(graph_module, leaves)
+    if other is not None:
+        sets.append(other)
+    known = {0: outputs} if outputs is not None else {}
+    runs = iter(range(len(sets)))
+
+    def expected(*_: torch.Tensor) -> list[Any]:
+        index = next(runs)
+        made = known.get(index)
+        if made is None:
+            made = outputs_of(graph_module, *nested_inputs(graph_module, sets[index]))
+        return [leaf for leaf in made if isinstance(leaf, torch.Tensor)]
+
+    tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in sets]
+    dtypes = {leaf.dtype for inputs in tensors for leaf in inputs if leaf.is_floating_point()}
+    dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
+    allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
+    errors = verify_engine(engine, expected, tensors, allowed)
+    shapes = [[list(leaf.shape) for leaf in inputs] for inputs in tensors]
+    return {"relative_error": errors, "tolerance": allowed, "input_shapes": shapes}

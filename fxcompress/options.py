@@ -1,0 +1,47 @@
+"""Options of passes and backends: dataclass fields whose values are checked against their annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import lru_cache
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+from fxcompress.errors import OptionError
+
+__all__ = ["check_types"]
+
+
+def check_types(options: Any) -> None:
+    """Check every field of a dataclass instance against its annotation.
+
+    Raises:
+        OptionError: names the option, what was given and what is allowed.
+    """
+    for name, adapter in _adapters(type(options)).items():
+        value = getattr(options, name)
+        try:
+            adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            owner = getattr(options, "name", type(options).__name__)
+            raise OptionError(
+                f"the option {name}={value!r} of {owner!r} is not valid: {error.errors()[0]['msg']}",
+                where=f"{owner}({name}=…)",
+                remedy="see the option's type in the docs: "
+                + str({item.name: item.type for item in dataclasses.fields(options)}[name]),
+            ) from None
+
+
+@lru_cache(maxsize=None)
+def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(cls)
+    adapters: dict[str, TypeAdapter[Any]] = {}
+    for item in dataclasses.fields(cls):
+        try:
+            adapters[item.name] = TypeAdapter(hints[item.name], config=ConfigDict(arbitrary_types_allowed=True))
+        except (PydanticSchemaGenerationError, PydanticUserError):
+            continue  # a type that only the pass itself can judge, such as a data loader protocol
+    return adapters

@@ -1,0 +1,131 @@
+"""Passes by name: ``"prune_channels(ratio=0.5)"`` from text, and third-party passes by entry point."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from fxcompress.errors import OptionError, nearest
+from fxcompress.passes.base import Pass
+
+__all__ = ["parse_pass", "pass_names", "resolve_passes"]
+
+_BUILT_IN = {
+    "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
+}
+_GROUP = "fxcompress.passes"
+
+
+def pass_names() -> list[str]:
+    """All names that :func:`parse_pass` knows, ours and third-party ones."""
+    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))})
+
+
+def resolve_passes(passes: Sequence[Pass | str] | Pass | str | None) -> tuple[Pass, ...]:
+    """Instances for what the user listed.
+
+    Raises:
+        OptionError: an unknown name or option, or something that is no pass.
+    """
+    if passes is None:
+        return ()
+    if isinstance(passes, (Pass, str)):
+        passes = [passes]
+    if not isinstance(passes, Iterable):
+        raise OptionError(f"passes is a {type(passes).__name__}", remedy="give a list of passes")
+    resolved: list[Pass] = []
+    for index, item in enumerate(passes):
+        if isinstance(item, Pass):
+            resolved.append(item)
+        elif isinstance(item, str):
+            resolved.append(parse_pass(item))
+        elif isinstance(item, type) and issubclass(item, Pass):
+            raise OptionError(
+                f"passes[{index}] is the class {item.__name__}", remedy=f"make an instance: {item.__name__}(...)"
+            )
+        else:
+            raise OptionError(
+                f"passes[{index}] is a {type(item).__name__}, not a pass",
+                remedy="give a Pass instance such as FuseModules(), or its name",
+            )
+    return tuple(resolved)
+
+
+def parse_pass(text: str) -> Pass:
+    """``"name"`` or ``"name(option=value, ...)"``; values are Python literals.
+
+    Raises:
+        OptionError: the text is malformed, or names an unknown pass or option (the nearest is suggested).
+    """
+    name, options = _parse(text)
+    cls = _find(name)
+    return make_pass(cls, options)
+
+
+def make_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:
+    """An instance with options by name.
+
+    Raises:
+        OptionError: an unknown, missing or invalid option.
+    """
+    fields = {item.name: item for item in dataclasses.fields(cls) if item.init}
+    for option in options:
+        if option not in fields:
+            raise OptionError(
+                f"the pass {cls.name!r} has no option {option!r}", where=cls.name, remedy=nearest(option, fields)
+            )
+    values = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise OptionError(f"the pass {cls.name!r} cannot be made: {error}", remedy="give the missing option") from error
+
+
+def _parse(text: str) -> tuple[str, dict[str, Any]]:
+    malformed = OptionError(
+        f"{text!r} is no pass", remedy="write a name, or a name with options: prune_channels(ratio=0.5)"
+    )
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise malformed from None
+    if isinstance(tree, ast.Name):
+        return tree.id, {}
+    if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
+        raise malformed
+    options: dict[str, Any] = {}
+    for keyword in tree.keywords:
+        if keyword.arg is None:
+            raise malformed
+        try:
+            options[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise OptionError(
+                f"the value of {keyword.arg!r} in {text!r} is no literal",
+                remedy="use a number, a 'string', True, False, None, or a tuple of those",
+            ) from None
+    return tree.func.id, options
+
+
+def _find(name: str) -> type[Pass]:
+    if name in _BUILT_IN:
+        module, _, attribute = _BUILT_IN[name].partition(":")
+        cls = getattr(import_module(module), attribute)
+    else:
+        points = {point.name: point for point in entry_points(group=_GROUP)}
+        if name not in points:
+            raise OptionError(f"there is no pass {name!r}", remedy=nearest(name, pass_names()))
+        try:
+            cls = points[name].load()
+        except Exception as error:
+            raise OptionError(
+                f"the pass {name!r} of {points[name].value!r} cannot be imported: {error}",
+                remedy="repair or uninstall the package that provides it",
+            ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise OptionError(f"the entry point {name!r} is no subclass of fxcompress.passes.Pass")
+    return cls
