@@ -54,7 +54,7 @@ def _memory_gib() -> float | None:
 
 
 def peak_memory_mib() -> float:
-    """The largest resident size of this process so far.
+    """The largest resident size of this process so far, or since `reset_peak_memory`.
 
     Linux keeps it per address space as `VmHWM`; `ru_maxrss` also remembers the size of the parent before `exec`.
     """
@@ -66,6 +66,14 @@ def peak_memory_mib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mib` start again from what is resident now, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
 
 
 def geometric_mean(values: Iterable[float]) -> float:

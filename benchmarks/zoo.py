@@ -444,6 +444,27 @@ def tensors_of(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
+def spread(outputs: Any, batch: int) -> float:
+    """How much the outputs differ between the samples of a batch, relative to their size.
+
+    Raises:
+        ValueError: outputs that could not show a mistake: none, not finite, or the same whatever the input is.
+    """
+    found = tensors_of(outputs)
+    if not found:
+        raise ValueError("no tensor in the outputs")
+    smallest = float("inf")
+    for value in found:
+        if not value.isfinite().all():
+            raise ValueError("outputs are not finite")
+        if value.shape[0] != batch:
+            raise ValueError(f"output of shape {tuple(value.shape)} at batch {batch}")
+        smallest = min(smallest, float((value - value.mean(0)).abs().max() / value.abs().max()))
+    if smallest < 1e-3:
+        raise ValueError(f"outputs hardly depend on the inputs: spread {smallest:.1e}")
+    return smallest
+
+
 def sound(entry: ZooModel) -> str:
     """Build the model and run it eagerly: a line of facts, or an error where its outputs would prove nothing."""
     model = entry.build()
@@ -451,19 +472,9 @@ def sound(entry: ZooModel) -> str:
     for batch in BATCHES:
         started = time.perf_counter()
         with torch.no_grad():
-            outputs = tensors_of(call(model, entry.inputs(batch)))
+            outputs = call(model, entry.inputs(batch))
         facts.append(f"batch {batch} {time.perf_counter() - started:.2f} s")
-        if not outputs:
-            raise ValueError("no tensor in the outputs")
-        for value in outputs:
-            if not value.isfinite().all():
-                raise ValueError("outputs are not finite")
-            if value.shape[0] != batch:
-                raise ValueError(f"output of shape {tuple(value.shape)} at batch {batch}")
-        spread = min(float((value - value.mean(0)).abs().max() / value.abs().max()) for value in outputs)
-        facts.append(f"spread {spread:.1e}")
-        if spread < 1e-3:
-            raise ValueError(f"outputs hardly depend on the inputs: spread {spread:.1e}")
+        facts.append(f"spread {spread(outputs, batch):.1e}")
     return ", ".join(facts)
 
 

@@ -30,7 +30,7 @@ from fxcompress.reporting.progress import Progress
 __all__ = ["compile"]
 
 
-def compile(  # noqa: A001  (the public name, as torch.compile)
+def compile(
     model: nn.Module | ExportedProgram | fx.GraphModule | Compiled,
     passes: Sequence[Pass | str] = (),
     example_inputs: object = None,

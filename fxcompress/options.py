@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -35,7 +35,7 @@ def check_types(options: Any) -> None:
             ) from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls)
     adapters: dict[str, TypeAdapter[Any]] = {}

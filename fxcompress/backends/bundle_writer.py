@@ -33,17 +33,18 @@ def check_output(path: str | Path) -> Path:
         BundleError: a file or a directory with something in it stands there, or the place cannot be written.
     """
     target = Path(os.path.abspath(path))
-    if target.is_symlink() and not target.exists():
-        raise _occupied(target, "a symbolic link that leads nowhere")
-    if target.exists() and not target.is_dir():
-        raise _occupied(target, "a file")
     try:
+        if target.is_symlink() and not target.exists():
+            raise _occupied(target, "a symbolic link that leads nowhere")
+        if target.exists() and not target.is_dir():
+            raise _occupied(target, "a file")
         if target.is_dir() and any(target.iterdir()):
             raise _occupied(target, "a directory that is not empty")
         ancestor = next(parent for parent in target.parents if parent.exists())
-        # Asking the file system to do it is the only answer that holds: read-only mounts, quotas, root.
-        os.rmdir(tempfile.mkdtemp(prefix=".fxcompress-", dir=ancestor))
-    except OSError as error:
+        # Asking the file system to do it is the only answer that holds: read-only mounts, quotas, root. The name
+        # is as long as the one that the scratch directory will have.
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=ancestor))
+    except (OSError, ValueError) as error:
         raise _unwritable(target, error) from error
     return target
 
@@ -199,9 +200,9 @@ def _occupied(target: Path, what: str) -> BundleError:
     )
 
 
-def _unwritable(target: Path, error: OSError) -> BundleError:
+def _unwritable(target: Path, error: Exception) -> BundleError:
     return BundleError(
-        f"a bundle cannot be written here: {error.strerror or error}",
+        f"a bundle cannot be written here: {getattr(error, 'strerror', None) or error}",
         where=str(target),
         remedy="choose an output in a directory that you may write to, with room for the engine",
     )

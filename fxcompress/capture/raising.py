@@ -19,7 +19,7 @@ from fxcompress.capture.export import Flat
 from fxcompress.capture.layers import RULES, Layer
 from fxcompress.errors import CaptureError
 from fxcompress.graph.edit import drop_unused_state
-from fxcompress.graph.info import GraphInfo, set_calling_convention, tensors_of
+from fxcompress.graph.info import GraphInfo, assemble, tensors_of
 
 __all__ = ["call_arguments", "raise_graph"]
 
@@ -224,9 +224,6 @@ def _assemble(
                     name,
                     lambda owner, last, t=tensor, k=keep: owner.register_buffer(last, t, persistent=k),  # type: ignore[misc]
                 )
-    graph_module = fx.GraphModule(root, flat.graph, "Graph")
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        graph_module.__dict__[kind] = root.__dict__[kind]
     facts = GraphInfo(
         flat.parameter_names,
         flat.in_spec,
@@ -236,7 +233,7 @@ def _assemble(
         original_names=original_names,
         notes=flat.notes,
     )
-    set_calling_convention(graph_module, facts)
+    graph_module = assemble(root, flat.graph, facts)
     drop_unused_state(graph_module)
     graph_module.graph.lint()
     return graph_module.eval()

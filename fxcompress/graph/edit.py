@@ -24,51 +24,12 @@ from torch import fx, nn
 
 from fxcompress.errors import GraphError
 from fxcompress.graph import shapes
-from fxcompress.graph.info import info, set_calling_convention
+from fxcompress.graph.copying import copy_graph
+from fxcompress.graph.info import info
 
 __all__ = ["GraphEditor", "copy_graph"]
 
 _KEPT_META = ("stack_trace", "nn_module_stack")
-
-
-def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A copy with its own nodes and module tree that shares every weight with ``graph_module``.
-
-    Module objects are shallow copies: replacing a tensor in the copy leaves the other graph as it was.
-    """
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(graph_module.graph, mapping)
-    graph.output(output)
-    root = _shallow_tree(graph_module)
-    copied = fx.GraphModule(root, graph)
-    # The constructor takes only what the graph refers to, under containers of its own: put the tree itself in.
-    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-        copied.__dict__[kind] = root.__dict__[kind]
-    copied.training = graph_module.training
-    copied.meta = dict(graph_module.meta)
-    facts = info(graph_module)
-    set_calling_convention(copied, facts.__deepcopy__({}))
-    return copied
-
-
-def _shallow_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
-    memo = {} if memo is None else memo
-    if id(module) in memo:
-        return memo[id(module)]
-    is_root = isinstance(module, fx.GraphModule)
-    copied = nn.Module() if is_root else module.__class__.__new__(module.__class__)
-    memo[id(module)] = copied
-    if not is_root:
-        copied.__dict__.update(module.__dict__)
-    for kind in ("_parameters", "_buffers"):
-        copied.__dict__[kind] = dict(module.__dict__[kind])
-    copied.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    if isinstance(module, nn.RNNBase):
-        copied.__dict__["_flat_weights"] = list(module._flat_weights)
-    children = {name: _shallow_tree(child, memo) for name, child in module._modules.items() if child is not None}
-    copied.__dict__["_modules"] = children
-    return copied
 
 
 class GraphEditor:
@@ -81,9 +42,9 @@ class GraphEditor:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.graph = graph_module.graph
-        self._new: set[fx.Node] = set()
         self._touched = False
         self._reshaped: set[fx.Node] = set()
+        self._rewritten: set[str] = set()  # paths of layers and tensors that were put in the place of others
 
     def __enter__(self) -> GraphEditor:
         return self
@@ -109,7 +70,7 @@ class GraphEditor:
         previous = self.graph_module.get_submodule(path)
         module.train(previous.training)
         self._owner(path)._modules[path.rpartition(".")[2]] = module
-        self._reshaped.update(n for n in self.graph.nodes if n.op == "call_module" and n.target == path)
+        self._rewritten.add(path)
         self._touched = True
 
     def add_tensor(self, hint: str, tensor: torch.Tensor, *, parameter: bool = False, persistent: bool = True) -> str:
@@ -136,12 +97,7 @@ class GraphEditor:
             owner.register_parameter(name, tensor)
         else:
             owner.register_buffer(name, tensor.detach(), persistent=name not in owner._non_persistent_buffers_set)
-        self._reshaped.update(
-            n
-            for n in self.graph.nodes
-            if (n.op == "get_attr" and n.target == path)
-            or (n.op == "call_module" and n.target == path.rpartition(".")[0])
-        )
+        self._rewritten.add(path)
         self._touched = True
 
     # --- nodes -------------------------------------------------------------------------------------------------
@@ -206,7 +162,6 @@ class GraphEditor:
 
     def erase(self, node: fx.Node) -> None:
         """Remove a node that has no users left."""
-        self._new.discard(node)
         self._reshaped.discard(node)
         self.graph.erase_node(node)
         self._touched = True
@@ -221,9 +176,9 @@ class GraphEditor:
                 self._reshaped.discard(node)
                 self.graph.erase_node(node)
         drop_unused_state(graph_module)
-        shapes.propagate(graph_module, self._reshaped)
-        self._new.clear()
+        shapes.propagate(graph_module, self._reshaped | self._readers())
         self._reshaped.clear()
+        self._rewritten.clear()
         self._touched = False
         try:
             self.graph.lint()
@@ -234,6 +189,18 @@ class GraphEditor:
         graph_module.recompile()
 
     # --- private -----------------------------------------------------------------------------------------------
+
+    def _readers(self) -> set[fx.Node]:
+        """Nodes that call or read something that was replaced; one scan, however much was."""
+        if not self._rewritten:
+            return set()
+        layers = self._rewritten | {path.rpartition(".")[0] for path in self._rewritten}
+        return {
+            node
+            for node in self.graph.nodes
+            if (node.op == "call_module" and node.target in layers)
+            or (node.op == "get_attr" and node.target in self._rewritten)
+        }
 
     def _insert(
         self,
@@ -255,7 +222,6 @@ class GraphEditor:
         assert source is not None
         node.meta = {key: source.meta[key] for key in _KEPT_META if key in source.meta}
         node.meta["val"] = shapes.infer(self.graph_module, node)
-        self._new.add(node)
         self._touched = True
         return node
 

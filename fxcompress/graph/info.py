@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import TreeSpec
@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec
 from fxcompress.errors import GraphError
 from fxcompress.graph.names import keep_original_names
 
-__all__ = ["GraphInfo", "info", "set_calling_convention"]
+__all__ = ["GraphInfo", "assemble", "info", "set_calling_convention"]
 
 _KEY = "fxcompress"
 
@@ -30,6 +30,7 @@ class GraphInfo:
         dim_names: readable name of each symbolic size, by symbol: ``{"s77": "batch"}``.
         original_names: the user's name of each tensor that the graph holds under another path.
         notes: sentences for the report about what capture could not carry over.
+        has_shapes: whether nodes have ``meta["val"]``; False where the model was traced without example inputs.
     """
 
     parameter_names: tuple[str, ...]
@@ -39,6 +40,7 @@ class GraphInfo:
     dim_names: dict[str, str] = field(default_factory=dict)
     original_names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    has_shapes: bool = True
 
     def __deepcopy__(self, memo: dict[int, object]) -> GraphInfo:
         # The fake mode and the specs are shared: metas of a copied graph still belong to that mode.
@@ -63,6 +65,16 @@ def info(graph_module: fx.GraphModule) -> GraphInfo:
             remedy="hand it to fxcompress.capture.capture() or fxcompress.compile() first",
         )
     return found
+
+
+def assemble(root: nn.Module, graph: fx.Graph, facts: GraphInfo) -> fx.GraphModule:
+    """A ``GraphModule`` of ``graph`` that takes over the module tree of ``root`` as it is, and carries ``facts``."""
+    graph_module = fx.GraphModule(root, graph, "Graph")
+    # The constructor takes only what the graph refers to, under containers of its own: put the tree itself in.
+    for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        graph_module.__dict__[kind] = root.__dict__[kind]
+    set_calling_convention(graph_module, facts)
+    return graph_module
 
 
 def set_calling_convention(graph_module: fx.GraphModule, facts: GraphInfo) -> None:

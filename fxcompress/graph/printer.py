@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from fxcompress.errors import FxCompressError
 from fxcompress.graph.info import GraphInfo, info
+from fxcompress.graph.queries import storage_users
 from fxcompress.graph.structure import Structure
 
 __all__ = ["describe_layer", "describe_target", "format_graph", "format_value"]
@@ -194,7 +195,5 @@ def _returned(facts: GraphInfo, output: fx.Node) -> str:
 
 
 def _tied(graph_module: fx.GraphModule) -> list[list[str]]:
-    paths: dict[int, list[str]] = {}
-    for path, tensor in graph_module.named_parameters(remove_duplicate=False):
-        paths.setdefault(id(tensor), []).append(path)
-    return sorted(sorted(group) for group in paths.values() if len(group) > 1)
+    groups = storage_users(graph_module).values()
+    return sorted(sorted(user.path for user in group) for group in groups if len(group) > 1)

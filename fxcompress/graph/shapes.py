@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,26 +14,25 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
-from fxcompress.errors import GraphError
+from fxcompress.errors import GraphError, PreconditionError
 from fxcompress.graph.info import info
 
-__all__ = ["infer", "propagate", "same_value", "source_line", "where"]
+__all__ = ["infer", "propagate", "require_shapes", "same_value", "source_frame", "source_line", "where"]
+
+
+def source_frame(node: fx.Node) -> str | None:
+    """The innermost frame of ``meta["stack_trace"]``, in Python's own form, if it is known."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    return "\n".join(lines[frames[-1] : frames[-1] + 2]) if frames else None
 
 
 def source_line(node: fx.Node) -> str | None:
     """The user's line that made ``node``: ``"model.py:12 in forward: x = self.conv(x)"``, if it is known."""
-    trace = node.meta.get("stack_trace")
-    if not trace:
-        return None
-    lines = [line.strip() for line in trace.strip().splitlines() if line.strip()]
-    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    if not frames:
-        return None
-    frame = lines[frames[-1]]
-    code = lines[frames[-1] + 1] if frames[-1] + 1 < len(lines) else ""
+    frame, _, code = (source_frame(node) or "").partition("\n")
     path, _, rest = frame.removeprefix('File "').partition('", line ')
     number, _, function = rest.partition(", in ")
-    return f"{path}:{number} in {function}: {code}"
+    return f"{path}:{number} in {function}: {code}" if frame else None
 
 
 def where(node: fx.Node) -> str:
@@ -41,17 +41,37 @@ def where(node: fx.Node) -> str:
     return f"node {node.name!r}" + (f" ({line})" if line else "")
 
 
+def require_shapes(graph_module: fx.GraphModule, what: str) -> None:
+    """Refuse a graph that was traced without example inputs.
+
+    Args:
+        graph_module: a captured graph.
+        what: needs shapes; the subject of the error's sentence: ``"prune_channels"``.
+
+    Raises:
+        PreconditionError: the graph has no shapes.
+    """
+    if not info(graph_module).has_shapes:
+        raise PreconditionError(
+            f"{what} needs shapes, and the model was captured without example inputs",
+            remedy="give example_inputs, such as (torch.randn(2, 3, 224, 224),)",
+        )
+
+
 def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    """What ``node`` produces, computed on the fake values of its inputs.
+    """What ``node`` produces, computed on the fake values of its inputs; None in a graph without shapes.
 
     Raises:
         GraphError: the operation does not accept those inputs; names the node and its source line.
     """
-    mode = info(graph_module).fake_mode
+    facts = info(graph_module)
+    if not facts.has_shapes:
+        return None
+    mode = facts.fake_mode
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), _no_guards(mode):
             if node.op == "call_function":
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
@@ -66,6 +86,12 @@ def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
             where=where(node),
             remedy="a rewrite changed a shape or dtype without adapting this node",
         ) from error
+
+
+def _no_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    # Choosing a kernel may ask whether the batch is below 16. The answer for the example must not become a fact about
+    # the symbol: its range would narrow with every propagation, until it is no symbol any more.
+    return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def _infer_module(mode: FakeTensorMode, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -89,8 +115,10 @@ def propagate(graph_module: fx.GraphModule, dirty: Iterable[fx.Node] | None = No
     """Refresh ``meta["val"]`` of the ``dirty`` nodes and of everything whose inputs changed because of them.
 
     With ``dirty=None`` the whole graph is refreshed. One pass over the graph in either case; nodes whose inputs
-    kept shape and dtype are not computed again.
+    kept shape and dtype are not computed again. A graph without shapes is left as it is.
     """
+    if not info(graph_module).has_shapes:
+        return
     pending = None if dirty is None else set(dirty)
     changed: set[fx.Node] = set()
     for node in graph_module.graph.nodes:

@@ -11,9 +11,10 @@ from fxcompress.errors import GraphError
 from fxcompress.graph.info import info, tensors_of
 from fxcompress.graph.shapes import infer, same_value, where
 
-__all__ = ["verify"]
+__all__ = ["SIZE_ARITHMETIC", "verify"]
 
-_SIZE_ARITHMETIC = {
+# What a graph may do with sizes, beside ATen operations on tensors.
+SIZE_ARITHMETIC = {
     operator.add,
     operator.sub,
     operator.mul,
@@ -49,7 +50,7 @@ def verify(graph_module: fx.GraphModule, *, shapes: bool = False) -> None:
     Raises:
         GraphError: names the first node that breaks an invariant, and how.
     """
-    info(graph_module)
+    facts = info(graph_module)
     try:
         graph_module.graph.lint()
     except RuntimeError as error:
@@ -67,7 +68,7 @@ def verify(graph_module: fx.GraphModule, *, shapes: bool = False) -> None:
             raise _broken(node, f"it calls the method {node.target!r}; only ATen operations and layers are allowed")
         elif node.op == "output" and not isinstance(node.args[0], (tuple, list)):
             raise _broken(node, "the output is not a flat tuple")
-        if node.op != "output":
+        if node.op != "output" and facts.has_shapes:
             _check_value(graph_module, node, shapes)
         if not node.users and node.op not in ("placeholder", "output"):
             raise _broken(node, "nothing reads it: dead code must be removed")
@@ -79,7 +80,7 @@ def _check_function(node: fx.Node) -> None:
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable:
             raise _broken(node, f"{target} writes into its argument; graphs are functional")
-    elif target is not operator.getitem and target not in _SIZE_ARITHMETIC:
+    elif target is not operator.getitem and target not in SIZE_ARITHMETIC:
         raise _broken(node, f"{target} is no ATen operation")
 
 

@@ -1,0 +1,45 @@
+"""Copies of a graph that share its weights: what a pass may edit without touching the graph it was given."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+from fxcompress.graph.info import assemble, info
+
+__all__ = ["copy_graph"]
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy with its own nodes and module tree that shares every weight with ``graph_module``.
+
+    Module objects are shallow copies: replacing a tensor in the copy leaves the other graph as it was.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(graph_module.graph, mapping)
+    graph.output(output)
+    copied = assemble(_shallow_tree(graph_module), graph, copy.deepcopy(info(graph_module)))
+    copied.training = graph_module.training
+    copied.meta = {**graph_module.meta, **copied.meta}
+    return copied
+
+
+def _shallow_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    is_root = isinstance(module, fx.GraphModule)
+    copied = nn.Module() if is_root else module.__class__.__new__(module.__class__)
+    memo[id(module)] = copied
+    if not is_root:
+        copied.__dict__.update(module.__dict__)
+    for kind in ("_parameters", "_buffers"):
+        copied.__dict__[kind] = dict(module.__dict__[kind])
+    copied.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    if isinstance(module, nn.RNNBase):
+        copied.__dict__["_flat_weights"] = list(module._flat_weights)
+    children = {name: _shallow_tree(child, memo) for name, child in module._modules.items() if child is not None}
+    copied.__dict__["_modules"] = children
+    return copied

@@ -1,0 +1,151 @@
+"""Linear layers as maps over channels: how an affine map before or after one goes into its weights.
+
+With groups g, a convolution's weight is (g·o, i, k…) and a transposed convolution's (g·i, o, k…), where i and o count
+the input and output channels of one group. After: W' = s·W over output channels and b' = s·b + t. Before:
+W' = W·s over input channels and b' = b + Σ W·t over input channels and kernel, which holds for every position of the
+output only if the kernel never reads padding; otherwise the shift t must be zero.
+
+Every function returns a new layer and computes in float64; no tensor of the old one is written to.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fxcompress.passes.fusion.affine import Affine
+
+__all__ = [
+    "CONVS",
+    "LINEARS",
+    "TRANSPOSED",
+    "after",
+    "before",
+    "channel_dim",
+    "dtype_fits",
+    "input_channels",
+    "no_shift_before",
+    "output_channels",
+    "representable",
+    "with_tensors",
+]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LINEARS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVS, *TRANSPOSED)
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+def output_channels(layer: Any) -> int:
+    """How many channels the layer produces."""
+    return int(layer.out_features if type(layer) is nn.Linear else layer.out_channels)
+
+
+def input_channels(layer: Any) -> int:
+    """How many channels the layer takes."""
+    return int(layer.in_features if type(layer) is nn.Linear else layer.in_channels)
+
+
+def channel_dim(layer: Any, rank: int) -> int:
+    """The dimension of the layer's input and output, of ``rank`` dimensions, that counts channels."""
+    return rank - 1 if type(layer) is nn.Linear else rank - 1 - len(layer.kernel_size)
+
+
+def dtype_fits(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether all floating-point tensors of the layer have ``dtype``."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return all(tensor.dtype == dtype for tensor in tensors if tensor.is_floating_point())
+
+
+def with_tensors(
+    layer: LayerT, weight: torch.Tensor, bias: torch.Tensor | None, *, trainable: bool | None = None
+) -> LayerT:
+    """A layer like ``layer`` with other weights, rounded to its dtype; a bias where it had none is as trainable."""
+    made = type(layer).__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[kind] = dict(layer.__dict__[kind])
+    old_weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
+    old_bias = layer._parameters.get("bias")
+    for name, tensor, old in (("weight", weight, old_weight), ("bias", bias, old_bias)):
+        learns = (old if old is not None else old_weight).requires_grad if trainable is None else trainable
+        fresh = None if tensor is None else nn.Parameter(tensor.to(old_weight.dtype).contiguous(), requires_grad=learns)
+        made._parameters[name] = fresh
+    return made
+
+
+def after(layer: LayerT, affine: Affine) -> LayerT:
+    """The layer followed by ``affine`` over its output channels."""
+    weight, bias = _tensors(layer)
+    count = output_channels(layer)
+    affine = affine.on(count, weight.device)
+    if type(layer) in TRANSPOSED:
+        groups = int(layer.groups)  # type: ignore[arg-type]
+        split = weight.view(groups, -1, *weight.shape[1:])
+        scaled = split * _lined_up(affine.scale.reshape(groups, 1, -1), split)
+    else:
+        scaled = weight * _lined_up(affine.scale, weight)
+    if bias is None and not affine.shifts():
+        return with_tensors(layer, scaled.view_as(weight), None)
+    shifted = affine.shift if bias is None else bias.double() * affine.scale + affine.shift
+    return with_tensors(layer, scaled.view_as(weight), shifted)
+
+
+def before(layer: LayerT, affine: Affine) -> LayerT:
+    """The layer preceded by ``affine`` over its input channels; see :func:`no_shift_before` for when a shift may go in."""
+    weight, bias = _tensors(layer)
+    affine = affine.on(input_channels(layer), weight.device)
+    groups = int(getattr(layer, "groups", 1))
+    split = weight.view(groups, -1, *weight.shape[1:])  # (groups, out, in, k…); transposed: (groups, in, out, k…)
+    transposed = type(layer) in TRANSPOSED
+    form = (groups, -1, 1) if transposed else (groups, 1, -1)
+    scaled = split * _lined_up(affine.scale.reshape(form), split)
+    if not affine.shifts():
+        return with_tensors(layer, scaled.view_as(weight), bias)
+    pushed = split * _lined_up(affine.shift.reshape(form), split)
+    kept = 2 if transposed else 1
+    shift = pushed.sum([dim for dim in range(1, split.dim()) if dim != kept]).reshape(-1)
+    return with_tensors(layer, scaled.view_as(weight), shift if bias is None else bias.double() + shift)
+
+
+def no_shift_before(layer: Any) -> str | None:
+    """Why no shift may go into the layer from before, or None where it may."""
+    if type(layer) is nn.Linear:
+        return None
+    padded = isinstance(layer.padding, str) and layer.padding != "valid" or any(p != 0 for p in layer.padding)
+    if type(layer) in TRANSPOSED:
+        if padded or any(size != 1 for size in (*layer.kernel_size, *layer.stride)) or any(layer.output_padding):
+            return "outputs of the transposed convolution sum a varying number of inputs"
+        return None
+    return "the convolution pads with zeros, which the shift does not reach" if padded else None
+
+
+def representable(layer: Any, affine: Affine) -> bool:
+    """Whether the layer's weights are finite and stay so, in their dtype, when ``affine`` goes in (a safe bound)."""
+    limit = torch.finfo(layer.weight.dtype).max
+    scale, shift = _peak(affine.scale), _peak(affine.shift)
+    weight = _peak(layer.weight)
+    bias = 0.0 if layer.bias is None else _peak(layer.bias)
+    values = (weight * scale, bias * max(scale, 1.0) + shift * max(weight * layer.weight[0].numel(), 1.0))
+    return all(math.isfinite(value) and value <= limit for value in values)
+
+
+def _peak(tensor: torch.Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    if tensor.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(tensor.detach())
+    return float(torch.maximum(low.abs(), high.abs()))
+
+
+def _tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach()
+
+
+def _lined_up(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``values`` with trailing dimensions of one, to broadcast along the leading ones of ``tensor``."""
+    return values.reshape(*values.shape, *(1,) * (tensor.dim() - values.dim()))
