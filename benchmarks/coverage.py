@@ -96,7 +96,7 @@ def check(entry: ZooModel, settings: Settings | None = None) -> Row:
         except BaseException as error:  # noqa: BLE001 - the table names every failure, of any kind
             failures.append({"stage": name, "error": _first_line(error), "where": _location(error)})
 
-    with _time_limit(settings.timeout), warnings.catch_warnings():
+    with warnings.catch_warnings(), stage("between stages"), _time_limit(settings.timeout):
         warnings.simplefilter("ignore")
         _check(entry, settings, row, stage, failures)
     row["total_s"] = round(time.perf_counter() - started, 2)

@@ -81,7 +81,7 @@ class Compiled:
             BundleError: the output cannot be written.
         """
         return build_engine(
-            self.module, resolve_backend(backend), output, self.report, self._example_inputs if verify else None
+            self.module, resolve_backend(backend), output, self.report, self._example_inputs, verify=verify
         )
 
     def save(self, path: str | Path) -> Path:
@@ -138,6 +138,7 @@ def build_engine(
     report: Report,
     example_inputs: Sequence[Any] | None,
     *,
+    verify: bool,
     outputs: list[Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Engine:
@@ -145,7 +146,7 @@ def build_engine(
     context = BuildContext(passes=manifest_passes(report), example_inputs=example_inputs)
     if progress is not None:
         context.progress = progress
-    if example_inputs is not None:
+    if verify and example_inputs is not None:
         leaves = example_inputs
         context.verify = lambda engine: _verified(engine, graph_module, leaves, outputs)
     engine = backend.build(graph_module, output, context)
@@ -173,7 +174,7 @@ def _verified(
         made = known.get(index)
         if made is None:
             made = outputs_of(graph_module, *nested_inputs(graph_module, sets[index]))
-        return [leaf for leaf in made if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf, computed in zip(made, _computed(graph_module), strict=True) if computed]
 
     tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in sets]
     dtypes = {leaf.dtype for inputs in tensors for leaf in inputs if leaf.is_floating_point()}
@@ -182,3 +183,10 @@ def _verified(
     errors = verify_engine(engine, expected, tensors, allowed)
     shapes = [[list(leaf.shape) for leaf in inputs] for inputs in tensors]
     return {"relative_error": errors, "tolerance": allowed, "input_shapes": shapes}
+
+
+def _computed(graph_module: fx.GraphModule) -> list[bool]:
+    """For each output leaf, whether an engine gives it: tensors and sizes, but no constants."""
+    leaves = graph_module.graph.output_node().args[0]
+    values = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
+    return [isinstance(value, (torch.Tensor, torch.SymInt)) for value in values]

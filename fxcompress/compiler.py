@@ -105,7 +105,8 @@ def compile(
                 lowering,
                 output,
                 report,
-                leaves if verify else None,
+                leaves,
+                verify=verify,
                 outputs=run.outputs,
                 progress=bar.detail,
             )

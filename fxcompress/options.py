@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from fxcompress.errors import OptionError
 
-__all__ = ["check_types"]
+__all__ = ["check_types", "parse_options"]
 
 
 def check_types(options: Any) -> None:
@@ -33,6 +35,28 @@ def check_types(options: Any) -> None:
                 remedy="see the option's type in the docs: "
                 + str({item.name: item.type for item in dataclasses.fields(options)}[name]),
             ) from None
+
+
+def parse_options(items: Iterable[str], *, where: str) -> dict[str, Any]:
+    """``["threads=2", "simplify=false"]`` as options; values are read as YAML, what is no YAML as text.
+
+    Args:
+        items: one option each.
+        where: for the error.
+
+    Raises:
+        OptionError: an item is not ``NAME=VALUE``.
+    """
+    options: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"{item!r} is no option", where=where, remedy="write NAME=VALUE, as in threads=2")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            options[name] = value
+    return options
 
 
 @cache

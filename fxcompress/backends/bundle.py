@@ -114,8 +114,10 @@ def read_manifest(path: str | Path, *, kind: Literal["engine", "graph"] | None =
         raise BundleError(f"no bundle here: {what}", where=str(directory), remedy="give the directory of a bundle")
     manifest = _parse(directory / MANIFEST)
     if kind is not None and manifest.kind != kind:
-        remedy = "load it with fxcompress.load" if kind == "engine" else "load it with fxcompress.load_engine"
-        raise BundleError(f"this bundle holds a {manifest.kind}, not a {kind}", where=str(directory), remedy=remedy)
+        function, wanted = ("load", "an engine") if kind == "engine" else ("load_engine", "a graph")
+        raise BundleError(
+            f"this bundle does not hold {wanted}", where=str(directory), remedy=f"load it with fxcompress.{function}"
+        )
     for name in manifest.files:
         _check_path(directory, name)
     present = set(files_of(directory)) - {MANIFEST}

@@ -51,7 +51,10 @@ class Engine(ABC):
         self._symbols = _shared_symbols([spec.shape for spec in manifest.inputs])
         positional, keywords = manifest.input_structure.children
         parameters = [*positional.children, *keywords.children]
+        # Most models take tensors only: then a call by position, or by name, is flat as it stands.
         self._flat_call = all(part.kind == "leaf" for part in parameters)
+        known = [*(positional.keys or self._names[: len(positional.children)]), *keywords.keys]
+        self._named_call = set(self._names) if self._flat_call and known == self._names else None
         self._sole_output = manifest.output_structure.kind == "leaf"
 
     # -- to implement ------------------------------------------------------------------------------------------
@@ -88,9 +91,12 @@ class Engine(ABC):
             PreconditionError: an input is missing, unknown, or of another structure, dtype, rank or static size.
             BackendError: the library failed, the engine is closed, or it cannot run on this machine.
         """
-        values: Sequence[Any] = args
-        plain = self._flat_call and not kwargs and len(args) == len(self._readers)
-        if not plain or (args and isinstance(args[0], Mapping)):
+        values: Sequence[Any]
+        if not kwargs and self._flat_call and len(args) == len(self._names) and not _is_mapping(args):
+            values = args
+        elif not args and kwargs.keys() == self._named_call:
+            values = [kwargs[name] for name in self._names]
+        else:
             values = bind(self.manifest.input_structure, self._names, args, kwargs)
         outputs = self.run_flat(values)
         return outputs[0] if self._sole_output else self.manifest.output_structure.unflatten(outputs)
@@ -114,13 +120,18 @@ class Engine(ABC):
         if self._closed or self.unavailable:
             raise self._cannot_run()
         outputs = self._execute(inputs)
-        convert = to_torch if any(isinstance(value, torch.Tensor) for value in values) else to_numpy
-        return [convert(output) for output in outputs]
+        for value in values:
+            if type(value) is not np.ndarray and isinstance(value, torch.Tensor):
+                return [to_torch(output) for output in outputs]
+        return [to_numpy(output) for output in outputs]
 
     def _check_symbols(self, inputs: Sequence[Array]) -> None:
         for symbol, places in self._symbols.items():
-            sizes = {inputs[index].shape[axis] for index, axis in places}
-            if len(sizes) > 1:
+            index, axis = places[0]
+            size = inputs[index].shape[axis]
+            for index, axis in places:
+                if inputs[index].shape[axis] == size:
+                    continue
                 told = ", ".join(f"{self._names[i]}.shape[{a}] = {inputs[i].shape[a]}" for i, a in places)
                 raise PreconditionError(f"the inputs disagree on {symbol!r}: {told}", remedy="make these sizes equal")
 
@@ -185,7 +196,7 @@ class Engine(ABC):
             if self._remove is not None:
                 self._remove()
 
-    _remove: weakref.finalize[[Path], Any] | None = None
+    _remove: weakref.finalize[..., Any] | None = None
 
     def _settle(self, path: Path, manifest: Manifest, temporary: Path | None) -> None:
         """Take the place and manifest that the bundle got at last; ``temporary`` is removed with the engine."""
@@ -216,6 +227,10 @@ def _shared_symbols(shapes: Sequence[Sequence[int | str]]) -> dict[str, list[tup
             if isinstance(size, str):
                 places.setdefault(size, []).append((index, axis))
     return {symbol: found for symbol, found in places.items() if len(found) > 1}
+
+
+def _is_mapping(args: tuple[Any, ...]) -> bool:
+    return len(args) == 1 and isinstance(args[0], Mapping)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -21,6 +21,8 @@ __all__ = ["Array", "Native", "numpy_dtype", "reader", "to_numpy", "to_torch", "
 Array: TypeAlias = np.ndarray | torch.Tensor
 Native: TypeAlias = Literal["numpy", "torch"]
 
+_FROM_ANOTHER_PACKAGE = 2  # numpy.dtype.isbuiltin of ml_dtypes' bfloat16 and float8
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """``torch.float32`` of ``"float32"``.
@@ -57,10 +59,11 @@ def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
     stays_torch = native == "torch" or expected_numpy is None
 
     def read(value: Any) -> Array:
-        if isinstance(value, torch.Tensor):
-            right = value.dtype is expected_torch
-        elif isinstance(value, np.ndarray):
+        is_array = isinstance(value, np.ndarray)
+        if is_array:
             right = value.dtype == expected_numpy if expected_numpy is not None else value.dtype.name == spec.dtype
+        elif isinstance(value, torch.Tensor):
+            right = value.dtype is expected_torch
         else:
             raise _wrong(spec, f"a {type(value).__name__}", "hand in a torch tensor or a numpy array")
         shape = value.shape
@@ -71,11 +74,11 @@ def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
         for axis, size in static:
             if shape[axis] != size:
                 raise _wrong(spec, _told(value), f"dimension {axis} is fixed at {size}")
-        if isinstance(value, np.ndarray):
-            return value if not stays_torch else _tensor(value)
+        if is_array:
+            return _tensor(value) if stays_torch else value
         if stays_torch:
-            return value.detach()
-        array: np.ndarray = value.numpy(force=True)
+            return value.detach() if value.requires_grad else value
+        array: np.ndarray = value.numpy(force=True) if value.requires_grad or not value.is_cpu else value.numpy()
         return array
 
     return read
@@ -83,7 +86,7 @@ def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
 
 def to_torch(value: Array) -> torch.Tensor:
     """``value`` as a tensor, sharing memory where it can."""
-    return value if isinstance(value, torch.Tensor) else _tensor(value)
+    return _tensor(value) if isinstance(value, np.ndarray) else value
 
 
 def to_numpy(value: Array) -> np.ndarray:
@@ -100,10 +103,11 @@ def to_numpy(value: Array) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    if array.dtype.kind == "V" or array.dtype.name == "bfloat16" or array.dtype.name.startswith("float8"):
+    if array.dtype.isbuiltin == _FROM_ANOTHER_PACKAGE:
         bits = np.ascontiguousarray(array).view(np.int16 if array.dtype.itemsize == 2 else np.uint8)
         return _tensor(bits).view(torch_dtype(array.dtype.name))
-    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+    flags = array.flags
+    if not (flags.writeable and (flags.c_contiguous or min(array.strides) >= 0)):
         array = array.copy()  # torch knows neither read-only memory nor backward strides
     return torch.from_numpy(array)
 

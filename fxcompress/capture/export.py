@@ -17,6 +17,7 @@ from fxcompress.capture.functionalize import Functionalizer
 from fxcompress.capture.inputs import ExampleInputs, at_least_two, bind, dynamic_spec
 from fxcompress.capture.preserve import preserved
 from fxcompress.errors import CaptureError
+from fxcompress.graph.recurrent import KnownShapes, original
 from fxcompress.graph.shapes import where
 
 __all__ = ["Flat", "export_program", "flatten_program"]
@@ -66,7 +67,7 @@ def export_program(model: nn.Module, inputs: ExampleInputs, dynamic_shapes: obje
     inputs = at_least_two(inputs, spec)
     signature = inspect.signature(model.forward)
     shapes = dict(signature.bind(*spec[0], **spec[1]).arguments)
-    with preserved(model), warnings.catch_warnings():
+    with preserved(model), warnings.catch_warnings(), KnownShapes():
         warnings.simplefilter("ignore")
         model.register_forward_hook(_register_dataclasses)
         _register_dataclasses(model, (), (inputs.args, inputs.kwargs))
@@ -211,6 +212,8 @@ def _copy_body(module: fx.GraphModule, functional: Functionalizer, parameters: s
             elif node in functional.current:
                 continue
             else:
+                if original(node.target) is not node.target:
+                    node.target = original(node.target)
                 _refuse_training_norm(node)
                 functional.run(node)
 

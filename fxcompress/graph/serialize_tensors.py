@@ -161,13 +161,19 @@ def _place(path: str, tensor: torch.Tensor, paths: list[tuple[str, torch.Tensor]
     if len(paths) > 1:
         low, high = _bounds(paths)
         place |= {"offset": tensor.storage_offset() - low, "stride": list(tensor.stride()), "elements": high - low}
-    elif not tensor.is_contiguous() and _is_dense(tensor):
+    elif tensor.stride() != torch.empty(tensor.shape, device="meta").stride() and _is_dense(tensor):
         place["stride"] = list(tensor.stride())  # channels_last: the layout decides which kernel runs
     return place
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return _extent(tensor.shape, tensor.stride()) == tensor.numel() and 0 not in tensor.stride()
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order of dims."""
+    expected = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
 # --- loading ---------------------------------------------------------------------------------------------------

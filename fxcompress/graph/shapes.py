@@ -5,26 +5,34 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_arg
 
 from fxcompress.errors import GraphError, PreconditionError
 from fxcompress.graph.info import info
+from fxcompress.graph.recurrent import KnownShapes
 
 __all__ = ["infer", "propagate", "require_shapes", "same_value", "source_frame", "source_line", "where"]
 
 
+# Where torch itself is: its frames are not the user's lines.
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
 def source_frame(node: fx.Node) -> str | None:
-    """The innermost frame of ``meta["stack_trace"]``, in Python's own form, if it is known."""
+    """The innermost frame of ``meta["stack_trace"]`` outside of torch, in Python's own form, if it is known."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip()]
     frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    return "\n".join(lines[frames[-1] : frames[-1] + 2]) if frames else None
+    theirs = [index for index in frames if _TORCH not in lines[index]] or frames
+    return "\n".join(lines[theirs[-1] : theirs[-1] + 2]) if theirs else None
 
 
 def source_line(node: fx.Node) -> str | None:
@@ -71,7 +79,8 @@ def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        with mode, torch.no_grad(), _no_guards(mode):
+        # Some composites (recurrent layers) take symbolic sizes only through their Python decomposition.
+        with mode, torch.no_grad(), _no_guards(mode), enable_python_dispatcher():
             if node.op == "call_function":
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
@@ -99,7 +108,8 @@ def _infer_module(mode: FakeTensorMode, module: nn.Module, args: Any, kwargs: An
     # updates a fake running mean and never the real one.
     state = {name: _fake(mode, tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
     state |= {name: _fake(mode, tensor) for name, tensor in module.named_buffers(remove_duplicate=False)}
-    return torch.func.functional_call(module, state, args, kwargs)
+    with KnownShapes():
+        return torch.func.functional_call(module, state, args, kwargs)
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

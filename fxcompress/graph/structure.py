@@ -85,7 +85,15 @@ class Structure:
         """
         if len(leaves) != self.leaf_count:
             raise PreconditionError(f"this structure holds {self.leaf_count} tensors, {len(leaves)} were given")
+        if self._flat:
+            return tuple(leaves) if self.kind == "tuple" else dict(zip(self.keys, leaves, strict=True))
         return self._build(iter(leaves))
+
+    @cached_property
+    def _flat(self) -> bool:
+        """A tuple or dict of tensors only, as most models return: built without a walk."""
+        plain = self.kind == "tuple" or (self.kind == "dict" and self.type_name is None)
+        return plain and all(child.kind == "leaf" for child in self.children)
 
     def _build(self, leaves: Iterator[Any]) -> Any:
         if self.kind == "leaf":

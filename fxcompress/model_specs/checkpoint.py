@@ -9,7 +9,7 @@ from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
 from fxcompress.errors import OptionError, PreconditionError
-from fxcompress.model_specs.source import first_line, similar_file
+from fxcompress.model_specs.source import similar_file
 
 __all__ = ["load_checkpoint"]
 
@@ -25,7 +25,7 @@ def load_checkpoint(model: object, path: Path) -> None:
         raise OptionError("only a model with code of its own takes a checkpoint", where=where, remedy="leave it out")
     if path.suffix != ".safetensors":
         raise OptionError(
-            f"a checkpoint is a .safetensors file, not {path.suffix or 'without a suffix'}: others unpickle, which runs code",
+            f"{path.name} is no .safetensors file, and reading others unpickles, which runs code",
             where=where,
             remedy="convert it once, where you trust it: safetensors.torch.save_model(model, 'weights.safetensors')",
         )
@@ -35,17 +35,22 @@ def load_checkpoint(model: object, path: Path) -> None:
         missing, unexpected = load_safetensors(model, path, strict=False)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise PreconditionError(
-            f"the checkpoint does not fit the model: {first_line(error)}",
+            f"the checkpoint does not fit the model: {_reason(error)}",
             where=where,
             remedy="give the checkpoint of this very architecture",
         ) from error
-    wrong = [
-        *(f"{name} is missing" for name in sorted(missing)),
-        *(f"{name} is unknown" for name in sorted(unexpected)),
-    ]
+    wrong = [f"{name} is missing" for name in sorted(missing)]
+    wrong += [f"{name} is unknown" for name in sorted(unexpected)]
     if wrong:
+        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise PreconditionError(
-            f"the checkpoint does not fit the model: {', '.join(wrong[:4])}{f', and {len(wrong) - 4} more' * (len(wrong) > 4)}",
+            f"the checkpoint does not fit the model: {', '.join(wrong[:4])}{more}",
             where=where,
             remedy="give the checkpoint of this very architecture",
         )
+
+
+def _reason(error: Exception) -> str:
+    """The first fact in a loader's message; torch puts a heading above its list."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("Error(s) in loading")), type(error).__name__)

@@ -9,7 +9,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,12 +25,11 @@ from fxcompress.compiled import load
 from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.model_specs.source import ModelSource, first_line, similar_file, suggestion
 from fxcompress.model_specs.zoos import ZOOS
+from fxcompress.options import parse_options
 
 __all__ = ["SPEC_FORMS", "load_model"]
 
-SPEC_FORMS = (
-    "torchvision:NAME, timm:NAME, hf:NAME_OR_DIR, FILE.py:FUNCTION, FILE.pt2, or the directory of a saved graph"
-)
+SPEC_FORMS = "torchvision:NAME, timm:NAME, hf:NAME, FILE.py:FUNCTION, FILE.pt2, or the directory of a saved graph"
 
 
 def load_model(spec: str) -> ModelSource:
@@ -45,7 +46,7 @@ def load_model(spec: str) -> ModelSource:
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in ZOOS:
         name, _, told = rest.partition("@")
-        return ZOOS[prefix](spec, name, _options(told, spec))
+        return ZOOS[prefix](spec, name, parse_options(filter(None, told.split(",")), where=spec))
     path = Path(spec)
     if path.is_dir():
         return _saved_graph(spec, path)
@@ -55,56 +56,58 @@ def load_model(spec: str) -> ModelSource:
 
 
 def _from_file(spec: str, path: Path, function: str) -> ModelSource:
-    if not path.is_file():
-        raise PreconditionError("there is no such file", where=str(path), remedy=similar_file(path))
-    source = path.read_text(encoding="utf-8")
-    try:
-        body = ast.parse(source, str(path)).body
-    except SyntaxError as error:
-        raise PreconditionError(
-            f"the file is no Python: {error.msg}", where=f"{path}:{error.lineno}", remedy="repair it"
-        ) from error
-    defined = [item.name for item in body if isinstance(item, (ast.FunctionDef, ast.ClassDef)) and item.name[0] != "_"]
+    defined = _public_names(path)
     if not function:
         told = ", ".join(f"{path}:{name}" for name in defined[:4]) or f"{path}:FUNCTION"
         raise OptionError("which function of the file makes the model?", where=spec, remedy=f"write {told}")
-    directory = str(path.resolve().parent)
-    if directory not in sys.path:
-        sys.path.insert(0, directory)  # as Python does for a script, for what lies beside the file
-    module_spec = importlib.util.spec_from_file_location(f"_fxcompress_{path.stem}", path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    loader = module_spec.loader
-    _called(path, "the file cannot be imported", lambda: loader.exec_module(module))
-    factory = getattr(module, function, None)
+    factory = getattr(_import_file(path), function, None)
     if factory is None:
-        raise OptionError(
-            f"there is no {function!r} in {path.name}",
-            where=spec,
-            remedy=suggestion(function, defined, "its functions"),
-        )
+        remedy = suggestion(function, defined, "its functions")
+        raise OptionError(f"there is no {function!r} in {path.name}", where=spec, remedy=remedy)
     made = factory
     if not isinstance(factory, nn.Module):
         if not callable(factory):
             raise OptionError(f"{function!r} is a {type(factory).__name__}, not a function", where=spec)
         made = _called(path, f"{function}() failed", factory)
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, (nn.Module, ExportedProgram)):
+    if isinstance(model, nn.Module):
+        model.eval()
+    elif not isinstance(model, ExportedProgram):
         raise PreconditionError(
             f"{function}() returned a {type(made).__name__}",
             where=spec,
             remedy="return a torch.nn.Module, or (module, example_inputs)",
         )
-    if isinstance(model, nn.Module):
-        model.eval()
-    return ModelSource(
-        spec,
-        re.sub(r"\W", "_", function),
-        model,
-        example_inputs(inputs) if inputs is not None else None,
-        f"weights of {function}()",
-    )
+    given = example_inputs(inputs) if inputs is not None else None
+    return ModelSource(spec, function, model, given, f"weights of {function}()")
+
+
+def _public_names(path: Path) -> list[str]:
+    """Functions and classes of a Python file, without running it."""
+    if not path.is_file():
+        raise PreconditionError("there is no such file", where=str(path), remedy=similar_file(path))
+    try:
+        body = ast.parse(path.read_bytes(), str(path)).body
+    except (OSError, SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise PreconditionError(
+            f"the file cannot be read as Python: {first_line(error)}",
+            where=f"{path}:{line}" if line else str(path),
+            remedy="repair it",
+        ) from error
+    return [item.name for item in body if isinstance(item, (ast.FunctionDef, ast.ClassDef)) and item.name[0] != "_"]
+
+
+def _import_file(path: Path) -> ModuleType:
+    directory = str(path.resolve().parent)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)  # as Python does for a script, for what lies beside the file
+    spec = importlib.util.spec_from_file_location(f"_fxcompress_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    _called(path, "the file cannot be imported", partial(spec.loader.exec_module, module))
+    return module
 
 
 def _saved_graph(spec: str, path: Path) -> ModelSource:
@@ -113,11 +116,9 @@ def _saved_graph(spec: str, path: Path) -> ModelSource:
         raise PreconditionError("this directory is no saved graph", where=str(path), remedy=hint)
     compiled = load(path)
     manifest = read_manifest(path)
-    leaves = random_inputs(manifest.inputs, batch=2)
-    args, kwargs = manifest.input_structure.unflatten(leaves)
-    return ModelSource(
-        spec, path.name, compiled, ExampleInputs(tuple(args), dict(kwargs)), "weights of the saved graph"
-    )
+    args, kwargs = manifest.input_structure.unflatten(random_inputs(manifest.inputs, batch=2))
+    inputs = ExampleInputs(tuple(args), dict(kwargs))
+    return ModelSource(spec, path.name, compiled, inputs, "weights of the saved graph")
 
 
 def _exported_program(spec: str, path: Path) -> ModelSource:
@@ -174,4 +175,6 @@ def _unknown(spec: str, path: Path, prefix: str) -> OptionError:
             where="MODEL",
             remedy=f"did you mean torchvision:{spec} or timm:{spec}? known forms: {SPEC_FORMS}",
         )
+    elif path.suffix or len(path.parts) > 1:
+        return OptionError("there is no such file or directory", where=spec, remedy=similar_file(path))
     return OptionError(f"{spec!r} names no model", where="MODEL", remedy=f"known forms: {SPEC_FORMS}")

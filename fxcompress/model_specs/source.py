@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 
 from fxcompress.capture.inputs import ExampleInputs
 from fxcompress.compiled import Compiled
+from fxcompress.errors import OptionError
 
-__all__ = ["RANDOM", "ModelSource", "first_line", "similar_file", "suggestion"]
+__all__ = ["RANDOM", "ModelSource", "examples_for", "first_line", "similar_file", "suggestion"]
 
 RANDOM = "random weights"
 
@@ -40,6 +41,22 @@ class ModelSource:
     def random(self) -> bool:
         """Whether the weights are random, so that sizes and times mean something and outputs nothing."""
         return self.weights == RANDOM
+
+
+def examples_for(source: ModelSource, given: ExampleInputs | None, *, needed: bool = False) -> ExampleInputs | None:
+    """The inputs that were given, or else those that are known to fit the model.
+
+    Raises:
+        OptionError: there are none, and they are ``needed``.
+    """
+    inputs = given if given is not None else source.inputs
+    if inputs is None and needed:
+        raise OptionError(
+            f"an engine needs shapes, and nobody knows the inputs of {source.spec}",
+            where="--input",
+            remedy="give one per argument, as in --input 1x3x224x224, or return (module, inputs) from the function",
+        )
+    return inputs
 
 
 def suggestion(name: str, known: Iterable[str], listing: str) -> str:

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from fxcompress.capture.inputs import ExampleInputs
@@ -70,19 +69,16 @@ def _from_transformers(spec: str, name: str, options: dict[str, Any]) -> ModelSo
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING.keys()
-    if name in known:
-        config = _made(spec, lambda: transformers.AutoConfig.for_model(name, use_cache=False, **options))
-        trained = None
-    elif "/" in name or Path(name).is_dir():
-        config = _made(spec, lambda: transformers.AutoConfig.from_pretrained(name, use_cache=False, **options))
-        trained = name
-    else:
-        _check_name(name, known, spec, "transformers' list of model types; or give ORGANISATION/NAME or a directory")
+    trained = "/" in name or Path(name).is_dir()
+    if not trained:
+        _check_name(name, known, spec, "transformers' model types, or give ORGANISATION/NAME or a directory")
+    configure = transformers.AutoConfig.from_pretrained if trained else transformers.AutoConfig.for_model
+    config = _made(spec, lambda: configure(name, use_cache=False, **options))
     # The class that the checkpoint was trained with has its head; AutoModel stops before it.
     heads = [getattr(transformers, head, None) for head in config.architectures or ()]
     head = next((cls for cls in heads if cls is not None), None)
     directory = Path(name)
-    if trained is None or (directory.is_dir() and not any(directory.glob("*.safetensors"))):
+    if not trained or (directory.is_dir() and not any(directory.glob("*.safetensors"))):
         build = head._from_config if head is not None else transformers.AutoModel.from_config
         model, weights = _made(spec, lambda: build(config)), RANDOM
     else:
@@ -146,17 +142,6 @@ def _images(size: Iterable[int]) -> ExampleInputs:
 
 def _zoo_weights(told: object) -> str:
     return f"pretrained weights ({told})" if told else RANDOM
-
-
-def _options(told: str, spec: str) -> dict[str, Any]:
-    """``weights=DEFAULT,num_classes=10`` as keyword arguments."""
-    options: dict[str, Any] = {}
-    for item in filter(None, told.split(",")):
-        name, equals, value = item.partition("=")
-        if not equals or not name.isidentifier():
-            raise OptionError(f"{item!r} is no option", where=spec, remedy="write NAME@OPTION=VALUE,OPTION=VALUE")
-        options[name] = yaml.safe_load(value)
-    return options
 
 
 def _made(spec: str, build: Callable[[], Any]) -> Any:

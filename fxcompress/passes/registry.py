@@ -12,7 +12,7 @@ from typing import Any
 from fxcompress.errors import OptionError, nearest
 from fxcompress.passes.base import Pass
 
-__all__ = ["parse_pass", "pass_names", "resolve_passes"]
+__all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passes"]
 
 _BUILT_IN = {
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
@@ -62,7 +62,7 @@ def parse_pass(text: str) -> Pass:
         OptionError: the text is malformed, or names an unknown pass or option (the nearest is suggested).
     """
     name, options = _parse(text)
-    cls = _find(name)
+    cls = pass_class(name)
     return make_pass(cls, options)
 
 
@@ -111,7 +111,12 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     return tree.func.id, options
 
 
-def _find(name: str) -> type[Pass]:
+def pass_class(name: str) -> type[Pass]:
+    """The class of a pass, imported now.
+
+    Raises:
+        OptionError: the name is unknown (the nearest is suggested), or leads to what cannot be imported or is no pass.
+    """
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         cls = getattr(import_module(module), attribute)

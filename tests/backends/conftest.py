@@ -12,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
@@ -118,7 +119,7 @@ def captured() -> Callable[..., fx.GraphModule]:
         module = program.module(check_guards=False)
         assert isinstance(module, fx.GraphModule)
         values = [node.meta.get("val") for node in module.graph.find_nodes(op="placeholder")]
-        mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+        mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         symbols = {str(v.shape[0]) for v in values if isinstance(v, torch.Tensor) and v.ndim}
         facts = GraphInfo(
             tuple(named), program.call_spec.in_spec, program.call_spec.out_spec, mode, dict.fromkeys(symbols, "batch")

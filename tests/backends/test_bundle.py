@@ -94,7 +94,7 @@ def test_no_directory(tmp_path: Path) -> None:
 
 
 def test_another_kind(bundle: Path) -> None:
-    with pytest.raises(BundleError, match="holds a engine, not a graph") as caught:
+    with pytest.raises(BundleError, match="does not hold a graph") as caught:
         read_manifest(bundle, kind="graph")
     assert "load_engine" in str(caught.value)
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from fxcompress.backends import bundle_writer
 from fxcompress.backends.bundle import MANIFEST, Manifest, PassRecord, read_manifest
 from fxcompress.backends.bundle_writer import BundleWriter, check_output
 from fxcompress.errors import BundleError
@@ -72,7 +71,7 @@ def test_a_failing_rename_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_writer.os, "rename", refuse)
+    monkeypatch.setattr(os, "rename", refuse)
     with pytest.raises(BundleError, match="cannot be written here: No space left on device"):
         write(tmp_path / "bundle")
     assert os.listdir(tmp_path) == []
@@ -163,7 +162,7 @@ def test_temporary_bundles() -> None:
 
 
 def test_figures_of_other_libraries_become_json(tmp_path: Path) -> None:
-    measured = {
+    measured: dict[Any, Any] = {
         "numpy": np.float32(0.5),
         "torch": torch.tensor(3),
         "nan": float("nan"),

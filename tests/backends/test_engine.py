@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +286,38 @@ def test_engines_that_cannot_run_here() -> None:
     engine = torchlike(unavailable="it needs a GPU")
     with pytest.raises(BackendError, match="cannot run here: it needs a GPU"):
         engine(torch.zeros(1, 3))
+
+
+def test_threads_share_an_engine(arithmetic: Engine) -> None:
+    def work(seed: int) -> bool:
+        generator = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(1 + seed % 3, 3, generator=generator), torch.randn(1 + seed % 3, 3, generator=generator)
+        result = arithmetic(a, b)
+        return torch.equal(result["sum"], a + b) and torch.equal(result["parts"][0], a - b)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(200)))
+
+
+def test_overhead_over_the_bare_call(relu_bundle: Path) -> None:
+    engine = load_engine(relu_bundle, threads=1)
+    assert isinstance(engine, OnnxRuntimeEngine)
+    session, array = engine.session, np.ones((1, 3), np.float32)
+    tensor = torch.from_numpy(array)
+    calls: list[Callable[[], Any]] = [
+        lambda: session.run(["y"], {"x": array}),
+        lambda: engine(array),
+        lambda: engine(tensor),
+        lambda: engine(x=tensor),
+    ]
+    best = [float("inf")] * len(calls)
+    for _ in range(2000):
+        for index, call in enumerate(calls):
+            start = time.perf_counter_ns()
+            call()
+            best[index] = min(best[index], (time.perf_counter_ns() - start) / 1000)
+    bare, *ours = best
+    assert max(ours) - bare <= 20, f"microseconds: bare {bare}, engine {ours}"
 
 
 def test_repr_tells_the_call(arithmetic: Engine) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from torch import fx, nn
 
+from fxcompress.backends.base import BuildContext
 from fxcompress.backends.bundle import MANIFEST, Manifest
 from fxcompress.backends.bundle_writer import BundleWriter
 from fxcompress.backends.onnxruntime import MODEL_FILE, OnnxRuntime, OnnxRuntimeEngine
@@ -84,12 +88,14 @@ def bundle_of(tmp_path: Path, content: bytes, inputs: tuple[TensorSpec, ...] = (
     return path
 
 
-def model(x: list[int | str], y: list[int | str], op: str = "Relu", elem: int = 1, domain: str = "") -> bytes:
+def model(
+    x: list[int | str], y: list[int | str], op: str = "Relu", elem: int = 1, domain: str = "", result: str = "y"
+) -> bytes:
     graph = helper.make_graph(
-        [helper.make_node(op, ["x"], ["y"], domain=domain)],
+        [helper.make_node(op, ["x"], [result], domain=domain)],
         "g",
         [helper.make_tensor_value_info("x", elem, x)],
-        [helper.make_tensor_value_info("y", elem, y)],
+        [helper.make_tensor_value_info(result, elem, y)],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("own", 1)])
     made.ir_version = 10
@@ -160,6 +166,38 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     expected = x @ torch.from_numpy(numpy_helper.to_array(weight).copy())
     torch.testing.assert_close(load_engine(path)(x), expected)
     assert json.loads((path / MANIFEST).read_text())["files"][f"{MODEL_FILE}.data"]["bytes"] == 36
+
+
+def test_build_hands_names_and_options_to_the_exporter(
+    captured: Callable[..., fx.GraphModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def write_onnx(graph_module: fx.GraphModule, path: Path, **options: Any) -> None:
+        seen.update(options)
+        path.write_bytes(model(["batch", 3], ["batch", 3], result="o"))
+
+    exporter = types.ModuleType("fxcompress.backends.onnx_export")
+    exporter.write_onnx = write_onnx  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, exporter.__name__, exporter)
+
+    class Activation(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"o": x.relu()}
+
+    x = torch.randn(2, 3)
+    steps: list[str] = []
+    context = BuildContext(example_inputs=[x], progress=steps.append)
+    engine = OnnxRuntime(opset=20, simplify=False, threads=1).build(
+        captured(Activation(), (x,)), tmp_path / "e", context
+    )
+    assert seen.pop("progress") is context.progress
+    assert seen == {"input_names": ["x"], "output_names": ["o"], "opset": 20, "simplify": False}
+    assert torch.equal(engine(x)["o"], x.relu())
+    assert {"onnx", "onnxruntime", "onnxsim", "onnxscript", "torch"} <= engine.manifest.versions.keys()
+    again = load_engine(tmp_path / "e")
+    assert isinstance(again, OnnxRuntimeEngine) and again.backend == OnnxRuntime(opset=20, simplify=False, threads=1)
+    assert torch.equal(again(x)["o"], x.relu())
 
 
 def test_optimized_op_counts(open_engine: Open) -> None:

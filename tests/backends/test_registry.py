@@ -121,7 +121,7 @@ def test_load_engine_names_the_extra(relu_bundle: Path, name: str) -> None:
 
 def test_load_engine_of_a_graph(relu_bundle: Path) -> None:
     edit(relu_bundle, kind="graph", backend=None)
-    with pytest.raises(BundleError, match="holds a graph, not a engine") as caught:
+    with pytest.raises(BundleError, match="does not hold an engine") as caught:
         load_engine(relu_bundle)
     assert "fxcompress.load" in str(caught.value)
 

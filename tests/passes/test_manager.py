@@ -11,7 +11,8 @@ from torch import nn
 from fxcompress.capture import capture
 from fxcompress.errors import OptionError, PassError, PreconditionError, VerificationError
 from fxcompress.graph.edit import GraphEditor
-from fxcompress.passes import Numerics, Pass, PassContext, PassManager, PassResult, Rewrite, Skip
+from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.passes.manager import PassManager
 
 aten = torch.ops.aten
 

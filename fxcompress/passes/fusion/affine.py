@@ -53,13 +53,20 @@ class Affine:
 
 @dataclass(frozen=True)
 class Step:
-    """A node that applies ``affine`` to ``data`` along ``dim``; ``constants`` are the ``get_attr`` nodes it reads."""
+    """A node that applies ``affine`` to its argument ``index`` along ``dim``, reading ``constants`` (``get_attr``)."""
 
     node: fx.Node
-    data: fx.Node
+    index: int
     affine: Affine
     dim: int | None
     constants: tuple[fx.Node, ...] = ()
+
+    @property
+    def data(self) -> fx.Node:
+        """What the map is applied to; read afresh, for another site's rewrite may have replaced it."""
+        data = self.node.args[self.index]
+        assert isinstance(data, fx.Node)
+        return data
 
 
 def norm_affine(layer: nn.Module) -> Affine | None:
@@ -108,7 +115,7 @@ def read_step(facts: Facts, node: fx.Node) -> Step | None:
     if node.target in _BINARY:
         return _read_binary(facts, node)
     if node.target is aten.neg.default:
-        return _step(node, node.args[0], None, torch.tensor(-1.0), torch.tensor(0.0))
+        return _step(node, 0, None, torch.tensor(-1.0), torch.tensor(0.0))
     if node.target is aten.addcmul.default:
         return _read_addcmul(facts, node)
     if node.target is aten.batch_norm.default:
@@ -119,9 +126,8 @@ def read_step(facts: Facts, node: fx.Node) -> Step | None:
 def _read_binary(facts: Facts, node: fx.Node) -> Step | None:
     if len(node.args) < 2:
         return None
-    left, right = node.args[:2]
-    first, second = _BINARY[node.target]
-    for data, other, make in ((left, right, first), (right, left, second)):
+    for index, make in enumerate(_BINARY[node.target]):
+        data, other = node.args[index], node.args[1 - index]
         constant = _constant(facts, other)
         value = tensor_value(data)
         if constant is None or value is None or make is None or facts.constant(data) is not None:
@@ -133,14 +139,15 @@ def _read_binary(facts: Facts, node: fx.Node) -> Step | None:
         if not isinstance(alpha, (int, float)):
             return None
         scale, shift = make(found, float(alpha))
-        return _step(node, data, dim, torch.as_tensor(scale), torch.as_tensor(shift), (other,))
+        return _step(node, index, dim, torch.as_tensor(scale), torch.as_tensor(shift), (other,))
     return None
 
 
 def _read_addcmul(facts: Facts, node: fx.Node) -> Step | None:
     """``shift + value·scale·x``, as layers with a learned scale and shift write it."""
     value = node.kwargs.get("value", 1)
-    for data, factor in ((node.args[1], node.args[2]), (node.args[2], node.args[1])):
+    for index in (1, 2):
+        data, factor = node.args[index], node.args[3 - index]
         made, added = facts.constant(factor), facts.constant(node.args[0])
         tensor = tensor_value(data)
         if made is None or added is None or tensor is None or not isinstance(value, (int, float)):
@@ -149,7 +156,7 @@ def _read_addcmul(facts: Facts, node: fx.Node) -> Step | None:
         if scale is None or shift is None or (first != second and None not in (first, second)):
             return None
         dim = first if first is not None else second
-        return _step(node, data, dim, scale * value, shift, (factor, node.args[0]))
+        return _step(node, index, dim, scale * value, shift, (factor, node.args[0]))
     return None
 
 
@@ -163,19 +170,19 @@ def _read_norm(facts: Facts, node: fx.Node) -> Step | None:
     affine = _normalised(mean, variance, weight, bias, node.args[7])
     if affine is None:
         return None
-    return _step(node, node.args[0], 1, affine.scale, affine.shift, node.args[1:5])
+    return _step(node, 0, 1, affine.scale, affine.shift, node.args[1:5])
 
 
 def _step(
-    node: fx.Node, data: Any, dim: int | None, scale: torch.Tensor, shift: torch.Tensor, others: tuple[Any, ...] = ()
+    node: fx.Node, index: int, dim: int | None, scale: torch.Tensor, shift: torch.Tensor, others: tuple[Any, ...] = ()
 ) -> Step | None:
-    value = tensor_value(data)
+    value = tensor_value(node.args[index])
     if value is None or not value.is_floating_point() or not same_value(value, node.meta.get("val")):
         return None
     if dim is not None and scale.numel() != value.shape[dim] and shift.numel() != value.shape[dim]:
         return None
     constants = tuple(item for item in others if isinstance(item, fx.Node))
-    return Step(node, data, Affine(scale.double(), shift.double()), dim, constants)
+    return Step(node, index, Affine(scale.double(), shift.double()), dim, constants)
 
 
 def _constant(facts: Facts, item: Any) -> torch.Tensor | None:

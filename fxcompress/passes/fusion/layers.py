@@ -30,6 +30,7 @@ __all__ = [
     "no_shift_before",
     "output_channels",
     "representable",
+    "with_padding",
     "with_tensors",
 ]
 
@@ -41,8 +42,8 @@ LayerT = TypeVar("LayerT", bound=nn.Module)
 
 
 def output_channels(layer: Any) -> int:
-    """How many channels the layer produces."""
-    return int(layer.out_features if type(layer) is nn.Linear else layer.out_channels)
+    """How many channels the layer (a norm with weights, too) produces."""
+    return int(layer.out_channels if type(layer) in TRANSPOSED else layer.weight.shape[0])
 
 
 def input_channels(layer: Any) -> int:
@@ -65,16 +66,22 @@ def with_tensors(
     layer: LayerT, weight: torch.Tensor, bias: torch.Tensor | None, *, trainable: bool | None = None
 ) -> LayerT:
     """A layer like ``layer`` with other weights, rounded to its dtype; a bias where it had none is as trainable."""
-    made = type(layer).__new__(type(layer))
-    made.__dict__.update(layer.__dict__)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        made.__dict__[kind] = dict(layer.__dict__[kind])
+    made = _copy(layer)
     old_weight: nn.Parameter = layer._parameters["weight"]  # type: ignore[assignment]
     old_bias = layer._parameters.get("bias")
     for name, tensor, old in (("weight", weight, old_weight), ("bias", bias, old_bias)):
+        if tensor is None and old is None:
+            continue  # an RMS norm does not even have the name
         learns = (old if old is not None else old_weight).requires_grad if trainable is None else trainable
-        fresh = None if tensor is None else nn.Parameter(tensor.to(old_weight.dtype).contiguous(), requires_grad=learns)
-        made._parameters[name] = fresh
+        made._parameters[name] = None if tensor is None else nn.Parameter(tensor.to(old_weight.dtype), learns)
+    return made
+
+
+def with_padding(layer: LayerT, padding: tuple[int, ...]) -> LayerT:
+    """A convolution like ``layer``, with its very weights and another padding."""
+    made = _copy(layer)
+    made.__dict__["padding"] = padding
+    made.__dict__["_reversed_padding_repeated_twice"] = tuple(width for width in reversed(padding) for _ in range(2))
     return made
 
 
@@ -85,14 +92,14 @@ def after(layer: LayerT, affine: Affine) -> LayerT:
     affine = affine.on(count, weight.device)
     if type(layer) in TRANSPOSED:
         groups = int(layer.groups)  # type: ignore[arg-type]
-        split = weight.view(groups, -1, *weight.shape[1:])
+        split = weight.reshape(groups, -1, *weight.shape[1:])
         scaled = split * _lined_up(affine.scale.reshape(groups, 1, -1), split)
     else:
         scaled = weight * _lined_up(affine.scale, weight)
     if bias is None and not affine.shifts():
-        return with_tensors(layer, scaled.view_as(weight), None)
-    shifted = affine.shift if bias is None else bias.double() * affine.scale + affine.shift
-    return with_tensors(layer, scaled.view_as(weight), shifted)
+        return with_tensors(layer, scaled.reshape(weight.shape), None)
+    shifted = affine.shift.clone() if bias is None else bias.double() * affine.scale + affine.shift
+    return with_tensors(layer, scaled.reshape(weight.shape), shifted)
 
 
 def before(layer: LayerT, affine: Affine) -> LayerT:
@@ -100,16 +107,16 @@ def before(layer: LayerT, affine: Affine) -> LayerT:
     weight, bias = _tensors(layer)
     affine = affine.on(input_channels(layer), weight.device)
     groups = int(getattr(layer, "groups", 1))
-    split = weight.view(groups, -1, *weight.shape[1:])  # (groups, out, in, k…); transposed: (groups, in, out, k…)
+    split = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, out, in, k…); transposed: (groups, in, out, k…)
     transposed = type(layer) in TRANSPOSED
     form = (groups, -1, 1) if transposed else (groups, 1, -1)
     scaled = split * _lined_up(affine.scale.reshape(form), split)
     if not affine.shifts():
-        return with_tensors(layer, scaled.view_as(weight), bias)
+        return with_tensors(layer, scaled.reshape(weight.shape), bias)
     pushed = split * _lined_up(affine.shift.reshape(form), split)
     kept = 2 if transposed else 1
     shift = pushed.sum([dim for dim in range(1, split.dim()) if dim != kept]).reshape(-1)
-    return with_tensors(layer, scaled.view_as(weight), shift if bias is None else bias.double() + shift)
+    return with_tensors(layer, scaled.reshape(weight.shape), shift if bias is None else bias.double() + shift)
 
 
 def no_shift_before(layer: Any) -> str | None:
@@ -124,14 +131,19 @@ def no_shift_before(layer: Any) -> str | None:
     return "the convolution pads with zeros, which the shift does not reach" if padded else None
 
 
-def representable(layer: Any, affine: Affine) -> bool:
-    """Whether the layer's weights are finite and stay so, in their dtype, when ``affine`` goes in (a safe bound)."""
+def representable(layer: Any, affine: Affine, *, ahead: bool = False) -> bool:
+    """Whether the weights are finite and stay so, in their dtype, when ``affine`` goes in (a safe bound).
+
+    ``ahead`` tells that the map comes before the layer, so that its shift is summed over the weights.
+    """
     limit = torch.finfo(layer.weight.dtype).max
-    scale, shift = _peak(affine.scale), _peak(affine.shift)
-    weight = _peak(layer.weight)
-    bias = 0.0 if layer.bias is None else _peak(layer.bias)
-    values = (weight * scale, bias * max(scale, 1.0) + shift * max(weight * layer.weight[0].numel(), 1.0))
-    return all(math.isfinite(value) and value <= limit for value in values)
+    scale, shift, weight = _peak(affine.scale), _peak(affine.shift), _peak(layer.weight)
+    bias = _peak(layer.bias) if getattr(layer, "bias", None) is not None else 0.0
+    if ahead:
+        bounds = (weight * scale, bias + shift * weight * layer.weight.numel() / output_channels(layer))
+    else:
+        bounds = (weight * scale, bias * scale + shift)
+    return all(math.isfinite(bound) and bound <= limit for bound in bounds)
 
 
 def _peak(tensor: torch.Tensor) -> float:
@@ -142,8 +154,18 @@ def _peak(tensor: torch.Tensor) -> float:
     return float(torch.maximum(low.abs(), high.abs()))
 
 
+def _copy(layer: LayerT) -> LayerT:
+    """A layer of its own that holds the same tensors."""
+    made = type(layer).__new__(type(layer))
+    made.__dict__.update(layer.__dict__)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        made.__dict__[kind] = dict(layer.__dict__[kind])
+    return made
+
+
 def _tensors(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach()
+    bias = getattr(layer, "bias", None)
+    return layer.weight.detach().double(), None if bias is None else bias.detach()
 
 
 def _lined_up(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

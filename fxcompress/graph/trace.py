@@ -1,0 +1,55 @@
+"""The ATen calls that a function or a layer makes, recorded on fake values: nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxcompress.errors import GraphError
+
+__all__ = ["trace"]
+
+
+def trace(
+    function: Callable[..., Any],
+    values: Sequence[Any],
+    mode: FakeTensorMode,
+    *,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> fx.GraphModule:
+    """A functional ATen graph of ``function(*values)``; its placeholders are ``values``, in order.
+
+    Args:
+        function: returns a tensor, or a nested tuple or list of them.
+        values: fake tensors and SymInts of ``mode``.
+        mode: makes the fake values of the recorded nodes.
+        decompositions: operations to take apart, each with its reference implementation in simpler operations. Without
+            it composite operations (``linear``, ``conv2d``) stay whole.
+
+    Raises:
+        GraphError: the function writes into its arguments in a way that cannot be undone.
+    """
+    whole = decompositions is None
+    table: Any = dict(decompositions or {})
+    with mode, torch.no_grad():
+        recorded = make_fx(function, table, tracing_mode="symbolic", pre_dispatch=whole)(*values)
+        if whole and _first_write(recorded) is None:
+            return recorded
+        recorded = make_fx(torch.func.functionalize(function), table, tracing_mode="symbolic")(*values)
+    write = _first_write(recorded)
+    if write is not None:
+        raise GraphError(f"{write} writes into its argument; graphs are functional")
+    return recorded
+
+
+def _first_write(recorded: fx.GraphModule) -> Any:
+    for node in recorded.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return node.target
+    return None

@@ -1,0 +1,132 @@
+"""Latency of engines, saved graphs and eager models in one run, each named as on a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from fxcompress.backends.benchmark import BenchmarkResult, benchmark
+from fxcompress.backends.bundle import MANIFEST, read_manifest
+from fxcompress.backends.engine import Engine
+from fxcompress.backends.registry import backend_class, load_engine
+from fxcompress.capture.inputs import ExampleInputs
+from fxcompress.compiled import Compiled
+from fxcompress.errors import PreconditionError
+from fxcompress.model_specs import load_model, with_batch
+
+__all__ = ["Candidate", "race"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something to measure.
+
+    Attributes:
+        name: as typed.
+        kind: ``"onnxruntime engine"``, ``"eager PyTorch"``.
+        call: the function.
+        inputs: of a batch size, where it knows any that fit.
+    """
+
+    name: str
+    kind: str
+    call: Callable[..., Any]
+    inputs: Callable[[int], ExampleInputs] | None
+
+
+def race(
+    specs: Sequence[str],
+    *,
+    inputs: ExampleInputs | None = None,
+    threads: int | None = None,
+    batch: int | None = None,
+    repetitions: int = 50,
+    warmup: int = 5,
+) -> tuple[BenchmarkResult, list[Candidate], int]:
+    """Measure all candidates in turns, on the same inputs and as many threads.
+
+    Args:
+        specs: directories of bundles, or model specs.
+        inputs: of every call; None takes those of the first candidate that knows any.
+        threads: of each candidate whose backend has such an option, and of PyTorch; None leaves PyTorch's number.
+        batch: size of the batch; None takes that of ``inputs``, or 1.
+        repetitions: calls measured of each.
+        warmup: calls before that.
+
+    Returns:
+        the latencies, the candidates, and the batch size.
+
+    Raises:
+        PreconditionError: nobody knows fitting inputs, or a candidate does not take them.
+        BundleError: a bundle is missing or damaged. BackendError: an engine cannot run.
+    """
+    usual = torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, usual)
+        torch.set_num_threads(threads or usual)
+        candidates: list[Candidate] = []
+        for spec in specs:
+            count = sum(spec == earlier for earlier in specs[: len(candidates)])
+            name = f"{spec} #{count + 1}" if count else spec
+            candidates.append(_candidate(spec, name, threads or usual, stack))
+        if inputs is None:
+            known = next((item.inputs for item in candidates if item.inputs is not None), None)
+            if known is None:
+                raise PreconditionError("no candidate knows its inputs", remedy="give them: --input 1x3x224x224")
+            inputs = known(batch or 1)
+        elif batch is not None:
+            inputs = with_batch(inputs, batch)
+        for item in candidates:
+            _try(item, inputs)
+        result = benchmark(
+            {item.name: item.call for item in candidates},
+            inputs.args,
+            inputs.kwargs,
+            repetitions=repetitions,
+            warmup=warmup,
+        )
+        return result, candidates, next(leaf.shape[0] for leaf in inputs.leaves if isinstance(leaf, torch.Tensor))
+
+
+def _candidate(spec: str, name: str, threads: int, stack: contextlib.ExitStack) -> Candidate:
+    path = Path(spec)
+    if (path / MANIFEST).exists() and read_manifest(path).kind == "engine":
+        cls = backend_class(str(read_manifest(path).backend))
+        assert dataclasses.is_dataclass(cls)
+        takes_threads = any(item.name == "threads" for item in dataclasses.fields(cls))
+        engine = stack.enter_context(load_engine(path, **({"threads": threads} if takes_threads else {})))
+        return Candidate(name, f"{engine.manifest.backend} engine", engine, lambda batch: _inputs(engine, batch))
+    source = load_model(spec)
+    known = source.inputs
+    make = (lambda batch: with_batch(known, batch)) if known is not None else None
+    if isinstance(source.model, Compiled):
+        return Candidate(name, "saved graph in PyTorch", source.model, make)
+    if isinstance(source.model, ExportedProgram):
+        return Candidate(name, "exported program in PyTorch", source.model.module(), make)
+    return Candidate(name, "eager PyTorch", source.model, make)
+
+
+def _inputs(engine: Engine, batch: int) -> ExampleInputs:
+    args, kwargs = engine.manifest.input_structure.unflatten(engine.random_inputs(batch))
+    return ExampleInputs(tuple(args), dict(kwargs))
+
+
+def _try(candidate: Candidate, inputs: ExampleInputs) -> None:
+    """One call, so that inputs that do not fit are told by the candidate's name."""
+    told = ", ".join(str(list(leaf.shape)) for leaf in inputs.leaves if isinstance(leaf, torch.Tensor))
+    try:
+        with torch.inference_mode():
+            candidate.call(*inputs.args, **inputs.kwargs)
+    except (PreconditionError, RuntimeError, TypeError, ValueError, IndexError) as error:
+        problem = error.problem if isinstance(error, PreconditionError) else str(error).strip().splitlines()[0]
+        raise PreconditionError(
+            f"it does not take inputs of shape {told}: {problem}",
+            where=candidate.name,
+            remedy="give inputs that fit all candidates with --input, or measure those that fit together",
+        ) from error

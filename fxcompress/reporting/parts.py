@@ -1,0 +1,154 @@
+"""The parts of a report: capture, one pass, the engine, its latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxcompress.analysis.cost import Cost
+from fxcompress.passes.base import Rewrite, Skip
+from fxcompress.reporting.values import from_json, to_json
+
+__all__ = ["CaptureReport", "EngineReport", "Latency", "PassReport"]
+
+
+@dataclass
+class CaptureReport:
+    """How the model became a graph.
+
+    Attributes:
+        seconds: run time of capture.
+        nodes: number of nodes of the graph.
+        errors: relative error against the model, by the sizes compared: ``{"batch=2": 0.0, "batch=3": 0.0}``.
+        notes: what could not be carried over or compared, and why.
+    """
+
+    seconds: float = 0.0
+    nodes: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: ``fuse_modules``.
+        text: the pass with the options that differ from its defaults: ``prune_channels(ratio=0.5)``.
+        options: all of its options.
+        numerics: ``exact``, ``reassociated`` or ``lossy``.
+        seconds: run time of the pass alone.
+        rewrites: the sites it changed; each ``detail`` is a dict of plain values.
+        skipped: the sites it looked at and left, with the reasons.
+        before: what the graph cost before it.
+        after: what the graph cost after it.
+        error: relative error of the outputs against those before the pass; None if it was not measured.
+        tolerance: what ``error`` had to stay within; None where any was allowed.
+        note: one sentence more, or nothing.
+    """
+
+    name: str
+    text: str
+    options: dict[str, Any]
+    numerics: str
+    seconds: float
+    rewrites: list[Rewrite]
+    skipped: list[Skip]
+    before: Cost
+    after: Cost
+    error: float | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+    @classmethod
+    def from_record(cls, record: Any) -> PassReport:
+        """The account of a pass manager's ``PassRecord``, or of anything with the same attributes."""
+        pass_, result = record.pass_, record.result
+        return cls(
+            name=pass_.name,
+            text=str(pass_),
+            options=dict(pass_.options),
+            numerics=getattr(pass_.numerics, "value", str(pass_.numerics)),
+            seconds=record.seconds,
+            rewrites=[Rewrite(item.site, item.result, from_json(to_json(dict(item.detail)))) for item in result.rewrites],
+            skipped=list(result.skipped),
+            before=record.before,
+            after=record.after,
+            error=record.error,
+            tolerance=record.tolerance,
+            note=getattr(record, "note", ""),
+        )
+
+
+@dataclass
+class Latency:
+    """Milliseconds per call of one candidate, such as the engine or the eager model.
+
+    Attributes:
+        name: of the candidate.
+        median_ms: half of the calls were faster.
+        p95_ms: 95% of the calls were faster.
+        batch: size of the batch of each call.
+    """
+
+    name: str
+    median_ms: float
+    p95_ms: float
+    batch: int | None = None
+
+
+@dataclass
+class EngineReport:
+    """The engine that a backend built.
+
+    Attributes:
+        backend: its name.
+        path: directory of the bundle.
+        size_bytes: of all files of the bundle but its manifest.
+        options: of the backend.
+        errors: relative error against PyTorch, by output.
+        tolerance: what each of them had to stay within.
+        verified: the sizes at which engine and PyTorch were compared: ``["x[2, 3, 8, 8]", "x[3, 3, 8, 8]"]``.
+        unverified: why they were not, or nothing.
+        latency: what was measured, the engine first; empty if nothing was.
+    """
+
+    backend: str
+    path: str
+    size_bytes: int
+    options: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    tolerance: float | None = None
+    verified: list[str] = field(default_factory=list)
+    unverified: str = ""
+    latency: list[Latency] = field(default_factory=list)
+
+    @classmethod
+    def from_engine(cls, engine: Any) -> EngineReport:
+        """The account of an engine, from its manifest."""
+        manifest = engine.manifest
+        found: Mapping[str, Any] = manifest.measurements.get("verification") or {}
+        names = [spec.name for spec in manifest.inputs]
+        sets = found.get("input_shapes", [])
+        unverified = str(found.get("skipped", "" if found else "no example inputs, or verify=False"))
+        return cls(
+            backend=str(manifest.backend),
+            path=str(engine.path),
+            size_bytes=sum(file.bytes for file in manifest.files.values()),
+            options=dict(manifest.options),
+            errors={name: float(error) for name, error in found.get("relative_error", {}).items()},
+            tolerance=found.get("tolerance"),
+            verified=[", ".join(f"{n}{list(s)}" for n, s in zip(names, shapes, strict=False)) for shapes in sets],
+            unverified=unverified,
+        )
+
+    def add_timings(self, result: Any, *, batch: int | None = None) -> None:
+        """Take over what ``engine.benchmark(...)`` returned.
+
+        Args:
+            result: has ``timings``, each with ``name``, ``median_ms`` and ``p95_ms``.
+            batch: size of the batch that was measured.
+        """
+        self.latency += [Latency(t.name, t.median_ms, t.p95_ms, batch) for t in result.timings]
