@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +34,6 @@ from fxcompress.model_specs import SPEC_FORMS, examples_for, load_checkpoint, lo
 from fxcompress.passes.registry import pass_class, pass_names
 from fxcompress.recipes import Recipe, dynamic_shapes_of, read_recipe
 from fxcompress.reporting.console import print_report
-from fxcompress.reporting.figures import size
 from fxcompress.reporting.model import Report
 
 __all__ = ["app", "main"]
@@ -130,21 +129,8 @@ def _compile(
         )
     for report in reports or ():
         compiled.report.save(report)
-    files = {}
-    if told.output is not None:
-        files = {name: record.bytes for name, record in read_manifest(told.output).files.items()}
-    if as_json:
-        document = {"model": source.spec, "weights": source.weights, "output": told.output and str(told.output)}
-        document |= {"files": files, "reports": [str(report) for report in reports or ()]}
-        screens.print_json(document | {"report": compiled.report.to_dict()})
-        return
-    console = screens.console()
-    print_report(compiled.report, console)
-    screens.weights_screen(source, console)
-    if told.output is None:
-        console.print("nothing was written: --output DIR saves the graph, --backend NAME builds an engine there")
-    elif lowering is None:
-        console.print(f"saved graph  {size(sum(files.values()))}\n  {told.output.absolute()}")
+    show = screens.compiled_json if as_json else screens.compiled_screen
+    show(compiled, source, told.output, reports or [])
 
 
 @app.command()
@@ -192,7 +178,7 @@ def inspect(
         console.print(format_graph(captured), soft_wrap=True)
     screens.cost_screen(rows, total, batch, console)
     for note in notes:
-        console.print(f" note: {note}")
+        console.print(f"note: {note}")
     screens.weights_screen(source, console)
 
 
@@ -246,7 +232,7 @@ def report(
     elif html is None:
         print_report(found, screens.console())
     else:
-        screens.console().print(f" written: {html}")
+        screens.console().print(f"written: {html}")
 
 
 @app.command()
@@ -288,9 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json, debug = "--json" in given, "--debug" in given
     try:
-        with warnings.catch_warnings():
-            if not debug:
-                warnings.simplefilter("ignore")
+        with nullcontext() if debug else screens.quiet():
             code = typer.main.get_command(app).main(given, prog_name="fxcompress", standalone_mode=not as_json)
         return int(code or 0)
     except SystemExit as stop:

@@ -7,28 +7,34 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from fxcompress.analysis.cost import Cost, NodeCost
 from fxcompress.backends.benchmark import BenchmarkResult
-from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.bundle import Manifest, read_manifest
+from fxcompress.compiled import Compiled
 from fxcompress.errors import FxCompressError, OptionError, PreconditionError
 from fxcompress.latency import Candidate
 from fxcompress.model_specs import ModelSource
+from fxcompress.reporting.console import print_report
 from fxcompress.reporting.figures import count, size
 
 __all__ = [
     "bundle_screen",
     "check_report",
+    "compiled_json",
+    "compiled_screen",
     "console",
     "cost_screen",
     "costs_by_kind",
@@ -37,6 +43,7 @@ __all__ = [
     "latency_screen",
     "listing",
     "print_json",
+    "quiet",
     "weights_screen",
     "working",
 ]
@@ -50,6 +57,19 @@ def console(*, stderr: bool = False) -> Console:
 def print_json(document: Any) -> None:
     """The one document of ``--json``."""
     sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other packages' warnings and logs are kept away: what a user must know is in the report or in the error."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 @contextlib.contextmanager
@@ -99,13 +119,42 @@ def check_report(path: Path) -> None:
         raise PreconditionError("HTML needs Jinja2", where=str(path), remedy="pip install 'fxcompress[report]'")
 
 
+def compiled_screen(compiled: Compiled, source: ModelSource, output: Path | None, reports: Sequence[Path]) -> None:
+    """The report, where the weights came from, and what was written."""
+    out = console()
+    print_report(compiled.report, out)
+    weights_screen(source, out)
+    if output is None:
+        out.print("nothing was written: --output DIR saves the graph, --backend NAME builds an engine there")
+    elif compiled.engine is None:
+        files = read_manifest(output).files.values()
+        out.print(f"saved graph  {size(sum(record.bytes for record in files))}\n  {output.absolute()}", soft_wrap=True)
+    for report in reports:
+        out.print(f"report  {report}", soft_wrap=True)
+
+
+def compiled_json(compiled: Compiled, source: ModelSource, output: Path | None, reports: Sequence[Path]) -> None:
+    """The same as JSON."""
+    files = read_manifest(output).files if output is not None else {}
+    print_json(
+        {
+            "model": source.spec,
+            "weights": source.weights,
+            "output": str(output.absolute()) if output is not None else None,
+            "files": {name: record.bytes for name, record in files.items()},
+            "reports": [str(report) for report in reports],
+            "report": compiled.report.to_dict(),
+        }
+    )
+
+
 def weights_screen(source: ModelSource, console: Console) -> None:
     """Where the weights come from; random ones loudly."""
     if source.random:
-        told = " random weights: sizes and times mean something, outputs do not; give --checkpoint FILE.safetensors"
+        told = "random weights: sizes and times mean something, outputs do not; give --checkpoint FILE.safetensors"
         console.print(Text(told, style="bold yellow"))
     else:
-        console.print(f" {source.weights}")
+        console.print(source.weights)
 
 
 def error_screen(error: FxCompressError, console: Console) -> None:
@@ -170,7 +219,7 @@ def cost_screen(rows: Sequence[Mapping[str, Any]], total: Cost, batch: int, cons
     table.add_row("total", nodes, _count(total.macs), "", _count(total.parameters), size(total.bytes), style="bold")
     console.print(table)
     if total.activation_peak_bytes is not None:
-        console.print(f" at batch {batch}; activations take {size(total.activation_peak_bytes)} at their peak")
+        console.print(f"at batch {batch}; activations take {size(total.activation_peak_bytes)} at their peak")
 
 
 def latency_screen(result: BenchmarkResult, candidates: Sequence[Candidate], batch: int, console: Console) -> None:
@@ -182,14 +231,16 @@ def latency_screen(result: BenchmarkResult, candidates: Sequence[Candidate], bat
         table.add_row(item.name, item.kind, f"{t.median_ms:.3f}", f"{t.p95_ms:.3f}", ratio, interval)
     console.print(table)
     console.print(
-        f" {result.repetitions} rounds in turns after {result.warmup} to warm up, batch {batch}, "
+        f"{result.repetitions} rounds in turns after {result.warmup} to warm up, batch {batch}, "
         f"{result.threads} thread{'s' * (result.threads != 1)}; a ratio below 1 is faster than the first"
     )
 
 
 def listing(what: str, classes: Mapping[str, type], as_json: bool) -> None:
     """Passes or backends by name, what they are for, and their options."""
-    rows = [{"name": name, "summary": _summary(cls), "options": _options(cls)} for name, cls in sorted(classes.items())]
+    rows: list[dict[str, Any]] = []
+    for name, cls in sorted(classes.items()):
+        rows.append({"name": name, "summary": _summary(cls), "options": _options(cls)})
     if as_json:
         print_json(rows)
         return
@@ -221,7 +272,8 @@ def _table(*columns: str, show_header: bool = True) -> Table:
     """A table in the house's style; a column whose title begins with > is aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD if show_header else None, show_header=show_header, pad_edge=True)
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
     if not columns:
         table.add_column(style="bold")
         table.add_column(overflow="fold")

@@ -2,9 +2,10 @@
 
 One rule per kind of layer and per ATen operation. Counted are the products of convolutions, linear layers, matrix
 products, attention and recurrent layers; element-wise work (activations, norms, pooling, softmax, additions, bias) and
-look-ups (embedding, gather) count nothing. ``torch.utils.flop_counter`` counts the same: its FLOPs are twice these
-MACs. We count more than it does in four places: recurrent layers, matrix × vector products, ``bilinear``, and
-attention on the CPU's flash kernel, which it does not know. Like there, causal masks and sparse weights save nothing.
+look-ups (embedding, gather) count nothing. ``torch.utils.flop_counter`` counts the same, in FLOPs: two for each of
+these MACs. Only we count matrix × vector and dot products, ``addbmm`` and ``bilinear``, whose kernels it does not know;
+nor does it know the CPU's kernels for attention and for LSTMs, so compare on the meta device, where these are taken
+apart. As there, causal masks and sparse weights save nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def macs(node: fx.Node, module: nn.Module | None, sizes: Sizes) -> int:
 
 
 def _linear_layer(module: Any, inputs: Sequence[Shape], node: fx.Node, sizes: Sizes) -> int:
-    return math.prod(inputs[0]) * int(module.out_features)
+    return math.prod(inputs[0]) * sizes(node.meta["val"])[-1]
 
 
 def _conv_layer(module: Any, inputs: Sequence[Shape], node: fx.Node, sizes: Sizes) -> int:
@@ -248,7 +249,9 @@ _CALLS: dict[Any, Rule] = {
     aten.bilinear.default: lambda call: _bilinear(call.shape("input1"), call.shape("weight")),
     aten.convolution.default: _convolution,
     **{
-        getattr(getattr(aten, f"conv{rank}d"), overload): _conv for rank in (1, 2, 3) for overload in ("default", "padding")
+        getattr(getattr(aten, f"conv{rank}d"), overload): _conv
+        for rank in (1, 2, 3)
+        for overload in ("default", "padding")
     },
     aten.conv_transpose1d.default: _conv_transpose,
     aten.conv_transpose2d.input: _conv_transpose,

@@ -9,6 +9,7 @@ Engines that write results over inputs they no longer need stay below this figur
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -32,7 +33,7 @@ def activation_peak(graph_module: fx.GraphModule, sizes: GraphSizes) -> int:
         graph_module: a captured graph with shapes.
         sizes: numbers for its symbolic sizes.
     """
-    nodes = list(graph_module.graph.nodes)
+    nodes: list[fx.Node] = list(graph_module.graph.nodes)
     owner: dict[fx.Node, fx.Node | None] = {}  # whose memory a node's value lies in; None is a weight's
     last: dict[fx.Node, int] = {}
     for index, node in enumerate(nodes):
@@ -48,9 +49,7 @@ def activation_peak(graph_module: fx.GraphModule, sizes: GraphSizes) -> int:
     dying: dict[int, list[fx.Node]] = {}
     for node, index in last.items():
         dying.setdefault(index, []).append(node)
-    length = {
-        node: sum(map(sizes.bytes_of, tensors_of(node.meta.get("val")))) if node.op != "output" else 0 for node in last
-    }
+    length = {node: sum(map(sizes.bytes_of, tensors_of(node.meta.get("val")))) for node in last}
     alive = peak = sum(length[node] for node in nodes if node.op == "placeholder")
     for index, node in enumerate(nodes):
         if owner[node] is node and node.op != "placeholder":
@@ -87,7 +86,7 @@ def _copies(node: fx.Node, source: fx.Node, sizes: GraphSizes) -> bool:
     if node.target in _RESHAPES or node.target is aten.contiguous.default:
         layout = torch.empty_strided(sizes.of(given), sizes.strides(given), dtype=torch.uint8, device="meta")
         if node.target is aten.contiguous.default:
-            wanted = node.kwargs.get("memory_format", torch.contiguous_format)
+            wanted: Any = node.kwargs.get("memory_format", torch.contiguous_format)
             return not layout.is_contiguous(memory_format=wanted)
         return layout.reshape(sizes.of(made)).untyped_storage()._cdata != layout.untyped_storage()._cdata
     return False

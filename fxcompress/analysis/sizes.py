@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -35,9 +35,7 @@ class GraphSizes:
             raise OptionError(f"batch={batch}", where="batch", remedy="use a positive batch size")
         self._values = _symbol_values(graph_module, batch)
         self._numbers: dict[sympy.Basic, int] = {}
-        self.known = all(
-            node.meta.get("val") is not None for node in graph_module.graph.nodes if node.op.startswith("call_")
-        )
+        self.known = info(graph_module).has_shapes
         """Whether the graph has shapes; one traced without example inputs has none."""
 
     def number(self, size: Any) -> int:

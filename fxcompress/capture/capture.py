@@ -6,8 +6,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from fxcompress.capture.export import export_program, flatten_program
-from fxcompress.capture.inputs import bind, example_inputs
+from fxcompress.capture.dynamic import marks_of
+from fxcompress.capture.export import export_program
+from fxcompress.capture.flatten import flatten_program, name_dims
+from fxcompress.capture.inputs import argument_names, example_inputs, in_call_order
 from fxcompress.capture.raising import raise_graph
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.info import GraphInfo
@@ -48,10 +50,13 @@ def capture(
         from fxcompress.capture.symbolic import trace_symbolically
 
         return trace_symbolically(model)
-    inputs = example_inputs(example_inputs_)
-    names = tuple(bind(model, inputs))
-    program = export_program(model, inputs, dynamic_shapes)
-    return raise_graph(flatten_program(program, names), model)
+    inputs = in_call_order(model, example_inputs(example_inputs_))
+    names = argument_names(model, inputs)
+    marks = marks_of(inputs, dynamic_shapes, names)
+    program = export_program(model, inputs, marks, dynamic_shapes)
+    flat = flatten_program(program, tuple(names))
+    flat.dim_names = name_dims(flat.graph, marks)
+    return raise_graph(flat, model)
 
 
 def check_model(model: object) -> None:

@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxcompress.capture import views
+from fxcompress.capture.twins import functional_twin, result_of
 from fxcompress.errors import CaptureError
 from fxcompress.graph.shapes import where
 
@@ -27,38 +28,57 @@ __all__ = ["Functionalizer"]
 
 aten = torch.ops.aten
 
-# In-place operations whose functional twin has another name or other arguments.
-_RENAMED: dict[Any, Any] = {aten.zero_.default: aten.zeros_like.default}
-_NO_OPS = {aten.requires_grad_.default, aten.detach_.default}
+_NO_OPS = {aten.requires_grad_.default}
+_DETACH = {aten.detach.default, aten.detach_.default}
 
 
 class Functionalizer:
     """Copies nodes of ``old`` graphs into ``graph``, turning writes into values.
 
-    ``current`` maps each old node to the new node that holds its value now.
+    Attributes:
+        current: maps each old node to the new node that holds its value now.
+        written_inputs: names of the inputs that the model writes into.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.current: dict[fx.Node, Any] = {}
-        self.written_inputs: list[fx.Node] = []
+        self.written_inputs: set[str] = set()
         self._parent: dict[fx.Node, fx.Node] = {}  # a view → the old node it views
         self._root: dict[fx.Node, fx.Node] = {}
         self._version: dict[fx.Node, int] = {}  # of roots: how often written; of views: which version they show
         self._unreadable: dict[fx.Node, str] = {}
-        self._written: set[fx.Node] = set()  # results of in-place operations: their first argument itself
+        self._same: set[fx.Node] = set()  # not views but their parent itself: results of writes, of inlined blocks
+        self._detached: set[fx.Node] = set()  # of those, the ones that gradients do not flow through
         self._protected: set[fx.Node] = set()  # parameters, buffers, constants
+        self._trained: set[fx.Node] = set()  # of the new graph: what depends on parameters
 
-    def bind(self, old: fx.Node, new: Any, *, protected: bool = False) -> None:
-        """Say that ``new`` holds the value of ``old`` (an input, a weight, a constant)."""
+    def bind(self, old: fx.Node, new: Any, *, protected: bool = False, trained: bool = False) -> None:
+        """Say that ``new`` holds the value of ``old`` (an input, a weight, a constant).
+
+        Args:
+            old: node of the old graph.
+            new: node of the new graph, or a plain value.
+            protected: it may not be written.
+            trained: gradients flow to it in training.
+        """
         self.current[old] = new
         if protected:
             self._protected.add(old)
+        if trained:
+            self._trained.add(new)
 
-    def alias(self, old: fx.Node, source: fx.Node) -> None:
-        """Say that ``old`` is the same tensor as ``source`` (arguments and results of an inlined subgraph)."""
+    def alias(self, old: fx.Node, source: fx.Node, *, detached: bool = False) -> None:
+        """Say that ``old`` is the same tensor as ``source`` (arguments and results of an inlined subgraph).
+
+        ``detached`` keeps gradients from flowing back through it in training.
+        """
         self._link(old, source)
-        self.current[old] = self.read(source)
+        self._same.add(old)
+        value = old.meta.get("val")
+        if detached and isinstance(value, torch.Tensor) and value.is_floating_point():
+            self._detached.add(old)
+        self.current[old] = self._same_as(old, self.read(source))
 
     def read(self, old: fx.Node) -> Any:
         """The new node that holds ``old``'s value at this point of the program."""
@@ -70,19 +90,18 @@ class Functionalizer:
                 remedy="write the model without that in-place operation",
             )
         if old in self._parent and self._version.get(old, 0) != self._version.get(root, 0):
-            parent = self.read(self._parent[old])
-            if self._is_identity(old):
-                self.current[old] = parent
-            else:
-                source = self._parent[old]
-                self.current[old] = self._copy(old, {source: parent})
+            source = self._parent[old]
+            parent = self.read(source)
+            self.current[old] = self._same_as(old, parent) if old in self._same else self._copy(old, {source: parent})
             self._version[old] = self._version.get(root, 0)
         return self.current[old]
 
     def run(self, node: fx.Node) -> None:
         """Copy one ``call_function`` node."""
         schema = getattr(node.target, "_schema", None)
-        if node.target in _NO_OPS or _is_noop_view(node):
+        if node.target in _DETACH:
+            self.alias(node, node.all_input_nodes[0], detached=True)
+        elif node.target in _NO_OPS or _is_noop_view(node):
             self.alias(node, node.all_input_nodes[0])
         elif schema is not None and schema.is_mutable:
             self._write(node)
@@ -99,10 +118,12 @@ class Functionalizer:
         self._root[old] = self._root.get(source, source)
         self._version[old] = self._version.get(self._root[old], 0)
 
-    def _is_identity(self, old: fx.Node) -> bool:
-        if old.op != "call_function" or old.target in _NO_OPS or _is_noop_view(old):
-            return True
-        return old in self._written or views.viewed(old) is None
+    def _same_as(self, old: fx.Node, value: Any) -> Any:
+        if old not in self._detached or value not in self._trained:
+            return value
+        detached = self.emit(old, aten.detach.default, (value,), {}, old.meta["val"])
+        self._trained.discard(detached)
+        return detached
 
     def _copy(self, node: fx.Node, known: dict[fx.Node, Any] | None = None) -> fx.Node:
         known = known or {}
@@ -110,27 +131,36 @@ class Functionalizer:
         def value(n: fx.Node) -> Any:
             return known[n] if n in known else self.read(n)
 
-        new = self.graph.create_node(
-            node.op, node.target, map_arg(node.args, value), map_arg(node.kwargs, value), name=node.name
-        )
-        new.meta = dict(node.meta)
-        return new
+        target = node.target
+        if target is aten.view.default:
+            source = node.all_input_nodes[0]
+            if self._version.get(self._root.get(source, source), 0):
+                target = aten.reshape.default  # what was written may lie in memory in another order
+        args, kwargs = map_arg((node.args, node.kwargs), value)
+        return self._create(target, args, kwargs, node.name, dict(node.meta))
 
-    def _emit(self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
-        new = self.graph.create_node("call_function", target, args, kwargs)
-        new.meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
-        new.meta["val"] = val
+    def emit(self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
+        """A new node that computes ``val``, with the source line of ``like``, named for what it does."""
+        name = target._schema.name.partition("::")[2].strip("_")
+        meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+        return self._create(target, args, kwargs, name, {**meta, "val": val})
+
+    def _create(self, target: Any, args: Any, kwargs: Any, name: str, meta: dict[str, Any]) -> fx.Node:
+        new = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        new.meta = meta
+        if not self._trained.isdisjoint(new.all_input_nodes):
+            self._trained.add(new)
         return new
 
     def _write(self, node: fx.Node) -> None:
-        target = node.args[0] if node.args else None
-        twin = _functional_twin(node)
-        if twin is None or not isinstance(target, fx.Node):
+        twin = functional_twin(node)
+        if twin is None:
             raise CaptureError(
                 f"the in-place operation {node.target} has no functional form here",
                 where=where(node),
                 remedy="write the model without it",
             )
+        target, op, args, kwargs = twin
         root = self._root.get(target, target)
         if root in self._protected:
             raise CaptureError(
@@ -139,18 +169,23 @@ class Functionalizer:
                 remedy="keep state out of forward(), or return the new value as an output",
             )
         if root.op == "placeholder":
-            self.written_inputs.append(root)
-        args, kwargs = map_arg(node.args, self.read), map_arg(node.kwargs, self.read)
+            self.written_inputs.add(root.name)
         before = target.meta["val"]
-        if node.target in _RENAMED:
-            args, kwargs = args[:1], {}
-        value = self._emit(node, twin, args, kwargs, before)
-        if _promotes(node, before):
-            # The functional form would promote; the in-place one keeps the dtype of what it writes into.
-            value = self._emit(node, aten.to.dtype, (value, before.dtype), {}, before)
+        args, kwargs = map_arg(args, self.read), map_arg(kwargs, self.read)
+        made = result_of(op, args, kwargs, before, may_reshape=op._schema.name == node.target._schema.name)
+        if not views.same_sizes(made, before):
+            raise CaptureError(
+                f"{node.target} writes a result of another shape into its argument",
+                where=where(node),
+                remedy="write the model without it",
+            )
+        value = self.emit(node, op, args, kwargs, made)
+        if made.dtype != before.dtype:
+            # The functional form promotes; the in-place one keeps the dtype of what it writes into.
+            value = self.emit(node, aten.to.dtype, (value, before.dtype), {}, before)
         self._store(target, value)
         self._link(node, target)
-        self._written.add(node)
+        self._same.add(node)
         self.current[node] = self.current[target]
         self._version[node] = self._version.get(root, 0)
 
@@ -161,7 +196,7 @@ class Functionalizer:
         if parent is None:
             self._version[old] = self._version.get(old, 0) + 1
             return
-        if self._is_identity(old):
+        if old in self._same:
             self._store(parent, value)
         else:
             written = views.write_back(old, value, self)
@@ -179,34 +214,9 @@ class Functionalizer:
             self._unreadable[node] = op
 
 
-def _functional_twin(node: fx.Node) -> Any:
-    """``aten.add_.Tensor`` → ``aten.add.Tensor``; None where there is no such operation."""
-    if node.target in _RENAMED:
-        return _RENAMED[node.target]
-    schema = node.target._schema  # type: ignore[union-attr]
-    written = [index for index, argument in enumerate(schema.arguments) if argument.is_write]
-    name = schema.name.partition("::")[2]
-    tags = getattr(node.target, "tags", ())
-    if written != [0] or not name.endswith("_") or name.endswith("__") or torch.Tag.inplace_view in tags:
-        return None
-    packet = getattr(getattr(torch.ops, node.target.namespace), name[:-1], None)  # type: ignore[union-attr]
-    return getattr(packet, node.target._overloadname, None) if packet is not None else None  # type: ignore[union-attr]
-
-
-def _promotes(node: fx.Node, before: torch.Tensor) -> bool:
-    others = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    return any(other.dtype != before.dtype for other in others) and node.target is not aten.copy_.default
-
-
 def _is_noop_view(node: fx.Node) -> bool:
     """A call that returns its own argument: ``contiguous`` of a contiguous tensor, ``to`` of the same dtype."""
     if node.target not in views.MAY_RETURN_SELF:
         return False
     source = node.args[0]
-    return (
-        isinstance(source, fx.Node)
-        and views.share_storage(node, source)
-        and source.meta["val"].stride() == node.meta["val"].stride()
-    )
-
-
+    return isinstance(source, fx.Node) and views.share_storage(node, source) and views.is_same_tensor(node, source)

@@ -182,9 +182,7 @@ def _embedding(a: Arguments) -> Layer | None:
 def _prelu(a: Arguments) -> Layer | None:
     if len(shape(a["weight"])) != 1:
         return None
-    return Layer(
-        nn.PReLU(shape(a["weight"])[0], device="meta"), (a["self"],), _tensors(a, weight="weight"), "prelu"
-    )
+    return Layer(nn.PReLU(shape(a["weight"])[0], device="meta"), (a["self"],), _tensors(a, weight="weight"), "prelu")
 
 
 def _bilinear(a: Arguments) -> Layer | None:

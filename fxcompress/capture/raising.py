@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxcompress.capture.export import Flat
+from fxcompress.capture.flatten import Flat
 from fxcompress.capture.layers import RULES, Layer
 from fxcompress.errors import CaptureError
 from fxcompress.graph.edit import drop_unused_state
@@ -150,9 +150,7 @@ class _Namer:
         return path
 
 
-def _fill(
-    layer: Layer, path: str, weights: _Weights, namer: _Namer, original_names: dict[str, str]
-) -> nn.Module:
+def _fill(layer: Layer, path: str, weights: _Weights, namer: _Namer, original_names: dict[str, str]) -> nn.Module:
     module = layer.module
     theirs = namer.module(path)
     if isinstance(module, nn.modules.batchnorm._NormBase):

@@ -11,7 +11,7 @@ from torch import fx
 if TYPE_CHECKING:
     from fxcompress.capture.functionalize import Functionalizer
 
-__all__ = ["MAY_RETURN_SELF", "share_storage", "viewed", "write_back"]
+__all__ = ["MAY_RETURN_SELF", "is_same_tensor", "same_sizes", "share_storage", "viewed", "write_back"]
 
 aten = torch.ops.aten
 
@@ -24,18 +24,9 @@ MAY_RETURN_SELF = {
     aten.to.other,
     aten.lift_fresh.default,
     aten.alias.default,
-    aten.detach.default,
     aten.positive.default,
     aten.resolve_conj.default,
     aten.resolve_neg.default,
-}
-
-# In eval mode these return their argument, though their schema does not say so.
-_DROPOUTS = {
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
 }
 
 # Views that keep every element, so that a reshape of the written view gives the whole back.
@@ -63,43 +54,42 @@ def share_storage(left: fx.Node, right: fx.Node) -> bool:
 
 
 def viewed(node: fx.Node) -> fx.Node | None:
-    """The node that ``node`` is a view of, or None where it is a tensor of its own."""
-    if node.target is operator.getitem:
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source.op == "call_function" and _aliased_argument(source) is not None:
-            return source
-        return None
+    """The node that ``node`` is a view of, or None where it is a tensor of its own.
+
+    What the fake values say counts, not the schema: ``reshape``, ``contiguous`` and ``to`` copy or not, and dropout in
+    eval mode returns its argument.
+    """
     if node.op != "call_function":
         return None
-    return _aliased_argument(node) or _same_tensor(node)
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return source if isinstance(source, fx.Node) and _pieces_of(source) is not None else None
+    return next((source for source in node.all_input_nodes if share_storage(node, source)), None)
 
 
-def _same_tensor(node: fx.Node) -> fx.Node | None:
-    """An argument that the operation returned as it is, though its schema does not say so."""
-    if node.target in _DROPOUTS and not node.args[2]:
-        return node.all_input_nodes[0]
-    value = node.meta.get("val")
-    for source in node.all_input_nodes:
-        if share_storage(node, source) and source.meta["val"].stride() == value.stride():
-            return source
-    return None
-
-
-def _aliased_argument(node: fx.Node) -> fx.Node | None:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.returns or schema.returns[0].alias_info is None:
+def _pieces_of(node: fx.Node) -> fx.Node | None:
+    """What ``node`` splits into views: the argument of ``split``, ``chunk`` or ``unbind``."""
+    pieces = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(pieces, (tuple, list)) or not pieces:
         return None
-    wanted = schema.returns[0].alias_info.before_set
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.before_set & wanted:
-            source = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-            if not isinstance(source, fx.Node):
-                return None
-            # reshape, contiguous and to may copy: then what they return is a tensor of its own.
-            if isinstance(node.meta.get("val"), torch.Tensor) and not share_storage(node, source):
-                return None
-            return source
+    for source in node.all_input_nodes:
+        whole = source.meta.get("val")
+        if isinstance(whole, torch.Tensor) and isinstance(pieces[0], torch.Tensor):
+            if whole.untyped_storage()._cdata == pieces[0].untyped_storage()._cdata:
+                return source
     return None
+
+
+def same_sizes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two fake tensors have the same shape, compared as expressions: no guard is added."""
+    return tuple(map(str, left.shape)) == tuple(map(str, right.shape))
+
+
+def is_same_tensor(view: fx.Node, source: fx.Node) -> bool:
+    """Whether a view is its source itself: the same elements in the same places."""
+    a, b = view.meta["val"], source.meta["val"]
+    places = [(tuple(map(str, tensor.stride())), str(tensor.storage_offset())) for tensor in (a, b)]
+    return a.dtype == b.dtype and same_sizes(a, b) and places[0] == places[1]
 
 
 def write_back(view: fx.Node, value: fx.Node, into: Functionalizer) -> tuple[fx.Node, fx.Node] | None:
@@ -119,7 +109,7 @@ def write_back(view: fx.Node, value: fx.Node, into: Functionalizer) -> tuple[fx.
 def _write_back_tensor(view: fx.Node, source: fx.Node, value: fx.Node, into: Functionalizer) -> fx.Node | None:
     whole = into.read(source)
     shape_of = source.meta["val"]
-    emit = into._emit
+    emit = into.emit
     args = tuple(into.read(a) if isinstance(a, fx.Node) else a for a in view.args[1:])
     kwargs = {k: into.read(a) if isinstance(a, fx.Node) else a for k, a in view.kwargs.items()}
     if view.target is aten.slice.Tensor:
@@ -128,7 +118,7 @@ def _write_back_tensor(view: fx.Node, source: fx.Node, value: fx.Node, into: Fun
         return emit(view, aten.select_scatter.default, (whole, value, *args), kwargs, shape_of)
     if view.target is aten.diagonal.default:
         return emit(view, aten.diagonal_scatter.default, (whole, value, *args), kwargs, shape_of)
-    if view.target in MAY_RETURN_SELF or view.target in _DROPOUTS:
+    if is_same_tensor(view, source):
         return value
     if view.target in _RESHAPES:
         sizes = [_size(whole, dim, size, view, into) for dim, size in enumerate(shape_of.shape)]
@@ -144,7 +134,7 @@ def _write_back_item(item: fx.Node, value: fx.Node, into: Functionalizer) -> tup
     """A write into one piece of ``split``, ``chunk`` or ``unbind``: scattered straight into what was split."""
     pieces, index = item.args
     assert isinstance(pieces, fx.Node) and isinstance(index, int)
-    source = _aliased_argument(pieces)
+    source = _pieces_of(pieces)
     if source is None:
         return None
     named = {argument.name: argument for argument in pieces.target._schema.arguments}  # type: ignore[union-attr]
@@ -153,19 +143,19 @@ def _write_back_item(item: fx.Node, value: fx.Node, into: Functionalizer) -> tup
     before = source.meta["val"]
     if pieces.target is aten.unbind.int:
         args = (into.read(source), value, dim, index)
-        return source, into._emit(item, aten.select_scatter.default, args, {}, before)
+        return source, into.emit(item, aten.select_scatter.default, args, {}, before)
     lengths = [piece.shape[dim] for piece in pieces.meta["val"]]
     if any(isinstance(length, torch.SymInt) for length in lengths):
         return None
     start = sum(lengths[:index])
     bounds = (into.read(source), value, dim, start, start + lengths[index])
-    return source, into._emit(item, aten.slice_scatter.default, bounds, {}, before)
+    return source, into.emit(item, aten.slice_scatter.default, bounds, {}, before)
 
 
 def _size(whole: fx.Node, dim: int, size: Any, like: fx.Node, into: Functionalizer) -> Any:
     if not isinstance(size, torch.SymInt):
         return size
-    return into._emit(like, aten.sym_size.int, (whole, dim), {}, size)
+    return into.emit(like, aten.sym_size.int, (whole, dim), {}, size)
 
 
 def _permutation(view: fx.Node, rank: int) -> list[int]:

@@ -33,13 +33,11 @@ def _shallow_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -
     is_root = isinstance(module, fx.GraphModule)
     copied = nn.Module() if is_root else module.__class__.__new__(module.__class__)
     memo[id(module)] = copied
-    if not is_root:
-        copied.__dict__.update(module.__dict__)
-    for kind in ("_parameters", "_buffers"):
-        copied.__dict__[kind] = dict(module.__dict__[kind])
-    copied.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    if isinstance(module, nn.RNNBase):
-        copied.__dict__["_flat_weights"] = list(module._flat_weights)
+    kinds = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+    attributes = {kind: module.__dict__[kind] for kind in kinds} if is_root else module.__dict__
+    for name, value in attributes.items():
+        # Registries, of hooks too, and a recurrent layer's list of weights are changed in place.
+        copied.__dict__[name] = value.copy() if isinstance(value, (dict, list, set)) else value
     children = {name: _shallow_tree(child, memo) for name, child in module._modules.items() if child is not None}
     copied.__dict__["_modules"] = children
     return copied

@@ -94,7 +94,7 @@ class GraphEditor:
         if isinstance(old, nn.Parameter):
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-            owner.register_parameter(name, tensor)
+            setattr(owner, name, tensor)  # a recurrent layer keeps a second list of its weights up to date by this
         else:
             owner.register_buffer(name, tensor.detach(), persistent=name not in owner._non_persistent_buffers_set)
         self._rewritten.add(path)
@@ -142,6 +142,11 @@ class GraphEditor:
         self._reshaped.add(node)
         self._touched = True
 
+    def retarget(self, node: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Let ``node`` call another operation; its shape is propagated again when the block is left."""
+        node.target = target
+        self.set_args(node, args, {})
+
     def replace(self, old: fx.Node, new: fx.Node, *, reshaped: bool = False) -> None:
         """Let every user of ``old`` read ``new`` instead (except ``new`` itself, which may be built on ``old``).
 
@@ -161,7 +166,18 @@ class GraphEditor:
         self._touched = True
 
     def erase(self, node: fx.Node) -> None:
-        """Remove a node that has no users left."""
+        """Remove a node that has no users left.
+
+        Raises:
+            GraphError: something reads it, or it is an input or the output.
+        """
+        if node.op in ("placeholder", "output"):
+            raise GraphError(f"{node.name!r} is part of how the graph is called", where=shapes.where(node))
+        if node.users:
+            readers = ", ".join(repr(user.name) for user in node.users)
+            raise GraphError(
+                f"{node.name!r} is still read by {readers}", where=shapes.where(node), remedy="replace() it first"
+            )
         self._reshaped.discard(node)
         self.graph.erase_node(node)
         self._touched = True
@@ -226,6 +242,8 @@ class GraphEditor:
         return node
 
     def _free_path(self, hint: str) -> str:
+        if self._under_no_module(hint):
+            hint = hint.replace(".", "_")
         path, count = hint, 0
         while self._taken(path):
             count += 1
@@ -239,6 +257,16 @@ class GraphEditor:
                 return False
             owner = getattr(owner, part)
         return True
+
+    def _under_no_module(self, path: str) -> bool:
+        """Whether the way to ``path`` leads through a tensor or an attribute: ``gain.inner``, ``graph.inner``."""
+        owner: nn.Module = self.graph_module
+        for part in path.split(".")[:-1]:
+            child = owner._modules.get(part)
+            if child is None:
+                return hasattr(owner, part)
+            owner = child
+        return False
 
     def _owner(self, path: str) -> nn.Module:
         owner: nn.Module = self.graph_module

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
     ConstantArgument,
@@ -32,7 +33,7 @@ from fxcompress.errors import FxCompressError, GraphError
 from fxcompress.graph.info import info
 from fxcompress.graph.lower_layers import LOWERINGS
 from fxcompress.graph.names import original_name
-from fxcompress.graph.shapes import where
+from fxcompress.graph.shapes import no_guards, require_shapes, where
 from fxcompress.graph.trace import trace
 
 __all__ = ["Lowering", "Rewrite", "to_exported_program"]
@@ -59,7 +60,9 @@ def to_exported_program(
 
     Raises:
         GraphError: a layer is in training mode, or one that has no rule cannot be traced.
+        PreconditionError: the graph has no shapes.
     """
+    require_shapes(graph_module, "lowering")
     return Lowering(graph_module, rewrite).run(program_type)
 
 
@@ -78,7 +81,7 @@ class Lowering:
         self._state: dict[str, torch.Tensor] = {}
         self._constants: dict[str, torch.Tensor] = {}
         self._meta: dict[str, Any] = {}  # of the raised node that is being lowered
-        self._value: Any = None
+        self.value: Any = None  # fake value of what is being lowered, None where it is not known yet
         self._name: str | None = None
         self._layer = ""
         self._kinds = _tensor_kinds(graph_module)
@@ -98,8 +101,9 @@ class Lowering:
             elif node.op == "call_module":
                 self._values[node] = self._call_layer(node)
             elif node.op == "call_function":
-                kwargs = {key: self._read(value) for key, value in node.kwargs.items()}
-                self._values[node] = self._write(node.target, self._read(node.args), kwargs, node.meta["val"])
+                args, kwargs = self._read((node.args, dict(node.kwargs)))
+                self.value = node.meta["val"]
+                self._values[node] = self._write(node.target, args, kwargs, result=True)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         inputs = [spec for kind in _KINDS for spec in self._specs[kind]] + user_inputs
         signature = ExportGraphSignature(inputs, [_output_spec(result) for result in results])
@@ -127,13 +131,13 @@ class Lowering:
             kwargs: of the operation.
             result: the operation gives what the layer that is being lowered gives; its fake value is known.
         """
-        return self._write(target, args, kwargs or {}, self._value if result else None)
+        return self._write(target, tuple(args), kwargs or {}, result)
 
     def emit(
-        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, result: bool = False
-    ) -> Any:
-        """Append an operation as it is; ``result`` says that it gives what the rewritten operation gives."""
-        return self._append(target, args, kwargs or {}, self._value if result else None)
+        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, value: Any = None
+    ) -> fx.Node:
+        """Append an operation as it is; ``value`` is its fake value where that is known."""
+        return self._append(target, args, kwargs or {}, value, None if value is not self.value else self._name)
 
     def tensor(self, name: str) -> fx.Node | None:
         """The parameter or buffer ``name`` of the layer that is being lowered."""
@@ -144,18 +148,16 @@ class Lowering:
         """Append the operations of a traced graph on ``operands``; gives its result."""
         values: dict[fx.Node, Any] = {}
         given = iter(operands)
-        name, self._name = self._name, None
         for node in recorded.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
                 values[node] = self._lift_constant(getattr(recorded, str(node.target)))
             elif node.op == "output":
-                self._name = name
                 return map_arg(node.args[0], values.__getitem__)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self._append(node.target, args, kwargs, node.meta.get("val"))
+                values[node] = self._append(node.target, args, kwargs, node.meta.get("val"), None)
         raise GraphError("a traced graph has no output")
 
     # --- private -----------------------------------------------------------------------------------------------
@@ -163,25 +165,32 @@ class Lowering:
     def _read(self, argument: Any) -> Any:
         return map_arg(argument, self._values.__getitem__)
 
-    def _write(self, target: Any, args: Any, kwargs: dict[str, Any], value: Any) -> Any:
+    def _write(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: bool) -> Any:
         if target is operator.getitem and isinstance(args[0], (tuple, list)):
             return args[0][args[1]]
+        known = self.value, self._name
+        if not result:
+            self.value, self._name = None, None
+        written = NotImplemented
         if self._rewrite is not None and target is not operator.getitem:
-            self._value = value
-            result = self._rewrite(self, target, tuple(args), kwargs)
-            if result is not NotImplemented:
-                return result
-        return self._append(target, args, kwargs, value)
+            written = self._rewrite(self, target, args, kwargs)
+        if written is NotImplemented:
+            written = self._append(target, args, kwargs, self.value, self._name)
+        self.value, self._name = known
+        return written
 
-    def _append(self, target: Any, args: Any, kwargs: dict[str, Any], value: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=self._name)
+    def _append(
+        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], value: Any, name: str | None
+    ) -> fx.Node:
+        node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
         node.meta = dict(self._meta)
-        if value is None:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with self.mode, torch.no_grad():
-                value = target(*args, **kwargs)
-        node.meta["val"] = value
+        node.meta["val"] = self._infer(node) if value is None else value
         return node
+
+    def _infer(self, node: fx.Node) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.mode, torch.no_grad(), no_guards(self.mode), enable_python_dispatcher():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _call_layer(self, node: fx.Node) -> Any:
         self._layer = path = str(node.target)
@@ -192,7 +201,7 @@ class Lowering:
             )
         self._meta["nn_module_stack"] = _with_scope(self._meta.get("nn_module_stack"), path, layer)
         args, kwargs = self._read(node.args), {key: self._read(value) for key, value in node.kwargs.items()}
-        self._value = _flat(node.meta["val"])
+        self.value = _flat(node.meta["val"])
         rule = LOWERINGS.get(type(layer))
         hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
         result = rule(self, layer, args) if rule and not kwargs and not hooked else NotImplemented
@@ -269,12 +278,13 @@ class Lowering:
 
     def _ranges(self) -> dict[Any, Any]:
         env = self.mode.shape_env
-        symbols: dict[Any, None] = {}
+        ranges: dict[Any, Any] = {}
         for node in self.graph.find_nodes(op="placeholder"):
             for size in getattr(node.meta.get("val"), "shape", ()):
-                if isinstance(size, torch.SymInt):
-                    symbols.update(dict.fromkeys(size.node.expr.free_symbols))
-        return {symbol: env.var_to_range[symbol] for symbol in symbols} if env is not None else {}
+                if isinstance(size, torch.SymInt) and env is not None:
+                    ranges[size.node.expr] = env.bound_sympy(size.node.expr)
+                    ranges.update((symbol, env.var_to_range[symbol]) for symbol in size.node.expr.free_symbols)
+        return ranges
 
     def _call_signature(self) -> ModuleCallSignature:
         facts = info(self._source)

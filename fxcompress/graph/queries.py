@@ -237,17 +237,17 @@ def _tensors(graph_module: fx.GraphModule, reads: Iterable[str]) -> Iterator[tup
 
 def _span(tensor: torch.Tensor) -> tuple[str, int, int]:
     """The memory, and the range of bytes in it from a tensor's first element to its last."""
-    length = tensor.numel() * tensor.element_size()
+    length: int = tensor.numel() * tensor.element_size()
     try:
         start, storage = tensor.data_ptr(), tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # a class of tensor without a storage of its own: sparse, wrapped
         return f"object {id(tensor)}", 0, length
     if length == 0:
         return f"empty {id(tensor)}", 0, 0
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    length = reach * tensor.element_size()
+    steps = [(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    length = (int(sum(steps)) + 1) * tensor.element_size()
     if start == 0 or tensor.device.type == "meta":  # no memory: only the storage object tells tensors apart
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         return f"{tensor.device} storage {storage._cdata}", start, start + length
     return str(tensor.device), start, start + length
 

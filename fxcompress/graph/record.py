@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 __all__ = ["Record"]
@@ -46,3 +47,12 @@ pytree.register_pytree_node(
     lambda record: (list(dict.values(record)), (tuple(record), record._absent)),
     lambda values, context: Record(zip(context[0], values, strict=True), context[1]),
 )
+
+
+def _fields(value: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """What a graph whose inputs hold a record takes: a record, a mapping, or an object of the original class."""
+    names, _ = spec.context
+    return [value[name] if isinstance(value, Mapping) else getattr(value, name) for name in names]
+
+
+fx_pytree.register_pytree_flatten_spec(Record, _fields)

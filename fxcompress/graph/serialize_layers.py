@@ -153,4 +153,3 @@ _register((nn.RNN,), *_RECURRENT, "nonlinearity")
 _register((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), "p", "inplace", on_meta=False)
 _register((nn.AlphaDropout, nn.FeatureAlphaDropout), "p", "inplace", on_meta=False)
 _register((nn.RReLU,), "lower", "upper", "inplace", on_meta=False)
-

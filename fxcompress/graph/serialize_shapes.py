@@ -195,6 +195,4 @@ def _finite(bound: Any) -> int | None:
 
 
 def _no_size(told: Any, where: str) -> BundleError:
-    return BundleError(
-        f"{str(told)[:80]!r} is no size", where=where, remedy="do not use this file: it was altered"
-    )
+    return BundleError(f"{str(told)[:80]!r} is no size", where=where, remedy="do not use this file: it was altered")

@@ -208,9 +208,7 @@ def decode(value: Any, nodes: Mapping[str, Any], device: torch.device | None, wh
             items = [decode(item, nodes, device, where) for item in inner]
             return {"tuple": lambda *parts: parts, "complex": complex, "slice": slice}[kind](*items)
         if kind == "dict" and isinstance(inner, list):
-            return {
-                decode(key, nodes, device, where): decode(item, nodes, device, where) for key, item in inner
-            }
+            return {decode(key, nodes, device, where): decode(item, nodes, device, where) for key, item in inner}
         if kind == "device" and isinstance(inner, str):
             return torch.device(inner) if device is None else device
         if kind in _NAMED and isinstance(inner, str):

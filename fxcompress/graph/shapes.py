@@ -20,7 +20,16 @@ from fxcompress.errors import GraphError, PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.recurrent import KnownShapes
 
-__all__ = ["infer", "propagate", "require_shapes", "same_value", "source_frame", "source_line", "where"]
+__all__ = [
+    "infer",
+    "no_guards",
+    "propagate",
+    "require_shapes",
+    "same_value",
+    "source_frame",
+    "source_line",
+    "where",
+]
 
 
 # Where torch itself is: its frames are not the user's lines.
@@ -80,7 +89,7 @@ def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
         # Some composites (recurrent layers) take symbolic sizes only through their Python decomposition.
-        with mode, torch.no_grad(), _no_guards(mode), enable_python_dispatcher():
+        with mode, torch.no_grad(), no_guards(mode), enable_python_dispatcher():
             if node.op == "call_function":
                 assert callable(node.target)
                 return node.target(*args, **kwargs)
@@ -97,7 +106,8 @@ def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
         ) from error
 
 
-def _no_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:
+def no_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Inside the block no answer about a size becomes a fact about its symbol."""
     # Choosing a kernel may ask whether the batch is below 16. The answer for the example must not become a fact about
     # the symbol: its range would narrow with every propagation, until it is no symbol any more.
     return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxcompress.errors import GraphError
+from fxcompress.graph.shapes import no_guards
 
 __all__ = ["trace"]
 
@@ -36,7 +37,7 @@ def trace(
     """
     whole = decompositions is None
     table: Any = dict(decompositions or {})
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), no_guards(mode):
         recorded = make_fx(function, table, tracing_mode="symbolic", pre_dispatch=whole)(*values)
         if whole and _first_write(recorded) is None:
             return recorded

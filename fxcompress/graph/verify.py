@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.errors import GraphError
-from fxcompress.graph.info import info, tensors_of
+from fxcompress.graph.info import GraphInfo, info, tensors_of
 from fxcompress.graph.shapes import infer, same_value, where
 
 __all__ = ["SIZE_ARITHMETIC", "verify"]
@@ -66,13 +66,24 @@ def verify(graph_module: fx.GraphModule, *, shapes: bool = False) -> None:
             used.add(str(node.target))
         elif node.op == "call_method":
             raise _broken(node, f"it calls the method {node.target!r}; only ATen operations and layers are allowed")
-        elif node.op == "output" and not isinstance(node.args[0], (tuple, list)):
-            raise _broken(node, "the output is not a flat tuple")
+        elif node.op == "output":
+            _check_output(node, facts)
         if node.op != "output" and facts.has_shapes:
             _check_value(graph_module, node, shapes)
         if not node.users and node.op not in ("placeholder", "output"):
             raise _broken(node, "nothing reads it: dead code must be removed")
     _check_state(graph_module, used, layers)
+
+
+def _check_output(node: fx.Node, facts: GraphInfo) -> None:
+    leaves = node.args[0]
+    if not isinstance(leaves, (tuple, list)) or any(isinstance(leaf, (tuple, list, dict)) for leaf in leaves):
+        raise _broken(node, "the output is not a flat tuple")
+    if len(leaves) != facts.out_spec.num_leaves:
+        raise _broken(node, f"it returns {len(leaves)} values where the caller is told {facts.out_spec.num_leaves}")
+    inputs = len(node.graph.find_nodes(op="placeholder"))
+    if inputs != facts.in_spec.num_leaves:
+        raise _broken(node, f"the graph takes {inputs} inputs where the caller gives {facts.in_spec.num_leaves}")
 
 
 def _check_function(node: fx.Node) -> None:
@@ -126,5 +137,3 @@ def _broken(node: fx.Node, what: str) -> GraphError:
         where=where(node),
         remedy="passes edit graphs through GraphEditor only; report this if the pass is ours",
     )
-
-

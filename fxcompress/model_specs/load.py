@@ -142,7 +142,8 @@ def _called(path: Path, problem: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         raise PreconditionError(
             f"{problem}: {type(error).__name__}: {first_line(error)}",
             where=f"{path}:{lines[-1]}" if lines else str(path),

@@ -130,7 +130,8 @@ def _import_torchvision() -> ModuleType:
         for operator in ("nms", "qnms"):
             _torchvision_schemas.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
-    return torchvision  # type: ignore[no-any-return]
+    module: ModuleType = torchvision
+    return module
 
 
 _torchvision_schemas: torch.library.Library | None = None

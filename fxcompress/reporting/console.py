@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxcompress.analysis.cost import Cost
-from fxcompress.reporting.figures import change, count, duration, error, grouped_skips, size
+from fxcompress.reporting.figures import change, count, duration, error, grouped_skips, size, times_faster
 from fxcompress.reporting.model import Report
 from fxcompress.reporting.parts import EngineReport, PassReport
 
@@ -44,7 +44,7 @@ def format_report(report: Report, width: int = 120) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None, force_terminal=False, legacy_windows=False)
     print_report(report, console)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).rstrip()
 
 
 def _parts(report: Report, width: int) -> Iterator[RenderableType]:
@@ -140,7 +140,10 @@ def _skips(report: Report) -> Table | None:
     for group in groups:
         code = f"{group.pass_name}: {group.code}" if many else group.code
         table.add_row(
-            Text(code, style="yellow"), str(len(group.sites)), Text(group.reason), Text(group.first_sites(), style="dim")
+            Text(code, style="yellow"),
+            str(len(group.sites)),
+            Text(group.reason),
+            Text(group.first_sites(), style="dim"),
         )
     return table
 
@@ -168,12 +171,11 @@ def _latency(engine: EngineReport) -> Table:
     for name in ("batch", "median", "95%", "engine is"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in engine.latency:
-        ratio = item.median_ms / engine.latency[0].median_ms if engine.latency[0].median_ms else 0.0
         table.add_row(
             Text(item.name),
             "" if item.batch is None else str(item.batch),
             f"{item.median_ms:.2f} ms",
             f"{item.p95_ms:.2f} ms",
-            "" if item is engine.latency[0] else f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.2f}× slower",
+            "" if item is engine.latency[0] else times_faster(engine.latency[0].median_ms, item.median_ms),
         )
     return table

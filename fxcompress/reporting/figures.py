@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fxcompress.reporting.parts import PassReport
 
-__all__ = ["SkipGroup", "change", "count", "duration", "error", "grouped_skips", "size"]
+__all__ = ["SkipGroup", "change", "count", "duration", "error", "grouped_skips", "size", "times_faster"]
 
 _COUNTS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _SIZES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -60,6 +60,13 @@ def duration(seconds: float) -> str:
     if seconds < 0.9995:
         return f"{seconds * 1000:.0f} ms"
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def times_faster(ours: float, theirs: float) -> str:
+    """``3.00× faster`` or ``1.50× slower``: how a time of ours compares with one of theirs."""
+    if ours <= 0 or theirs <= 0:
+        return UNKNOWN
+    return f"{theirs / ours:.2f}× faster" if theirs >= ours else f"{ours / theirs:.2f}× slower"
 
 
 @dataclass

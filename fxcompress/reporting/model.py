@@ -32,6 +32,11 @@ __all__ = ["CaptureReport", "EngineReport", "Latency", "PassReport", "Report"]
 FORMAT_VERSION = 1
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return library_versions(("fxcompress", "torch"))
+
+
 @dataclass
 class Report:
     """Everything that one ``compile()`` did.
@@ -160,11 +165,6 @@ class Report:
 @cache
 def _adapter() -> pydantic.TypeAdapter[Report]:
     return pydantic.TypeAdapter(Report)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return library_versions(("fxcompress", "torch"))
 
 
 def _write(path: Path, text: str) -> None:

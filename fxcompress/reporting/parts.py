@@ -72,7 +72,9 @@ class PassReport:
             options=dict(pass_.options),
             numerics=getattr(pass_.numerics, "value", str(pass_.numerics)),
             seconds=record.seconds,
-            rewrites=[Rewrite(item.site, item.result, from_json(to_json(dict(item.detail)))) for item in result.rewrites],
+            rewrites=[
+                Rewrite(item.site, item.result, from_json(to_json(dict(item.detail)))) for item in result.rewrites
+            ],
             skipped=list(result.skipped),
             before=record.before,
             after=record.after,

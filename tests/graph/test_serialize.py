@@ -240,6 +240,18 @@ def test_a_dataclass_comes_back_as_a_record(tmp_path: Path) -> None:
     assert torch.equal(result["logits"], graph(x).logits) and torch.equal(result.hidden, x * 2)
 
 
+def test_a_graph_that_takes_a_dataclass_takes_it_again(tmp_path: Path) -> None:
+    class Takes(nn.Module):
+        def forward(self, batch: Scores, scale: torch.Tensor) -> torch.Tensor:
+            return batch.logits * scale + batch.hidden
+
+    batch, scale = Scores(torch.randn(2, 4), torch.randn(2, 4)), torch.randn(2, 1)
+    graph = capture(Takes().eval(), (batch, scale))
+    loaded = reloaded(graph, tmp_path)
+    for given in (batch, {"logits": batch.logits, "hidden": batch.hidden}):
+        assert torch.equal(loaded(given, scale), graph(batch, scale))
+
+
 def test_user_names_source_lines_and_notes_are_kept(tmp_path: Path) -> None:
     graph = capture(Attention().eval(), images())
     info(graph).notes.append("a note")
@@ -533,7 +545,9 @@ def test_sizes_are_read(text: Any, expected: int) -> None:
     assert parse_size(text, {"s0": 6, "s1": 3}, "test") == expected
 
 
-@pytest.mark.parametrize("text", ["", "s2", "2 2", "s0 +", "(s0", "s0)", "s0.real", "s0**9999999", "1/2", "s0//0", True])
+@pytest.mark.parametrize(
+    "text", ["", "s2", "2 2", "s0 +", "(s0", "s0)", "s0.real", "s0**9999999", "1/2", "s0//0", True]
+)
 def test_what_is_no_size_is_refused(text: Any) -> None:
     from fxcompress.graph.serialize_shapes import parse_size
 

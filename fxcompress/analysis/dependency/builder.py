@@ -61,11 +61,15 @@ class Builder:
     edges: list[tuple[tuple[str, str, int], tuple[str, str, int], str]] = field(default_factory=list)
     barriers: dict[str, str] = field(default_factory=dict)
     normed: list[Array] = field(default_factory=list)
+    makes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # weight → dimensions that a layer makes
+    groups: dict[str, Dim] = field(default_factory=dict)  # grouped layer → the dimension that counts its groups
     _of_tensor: dict[int, str] = field(default_factory=dict)
 
     # --- weights -----------------------------------------------------------------------------------------------
 
-    def weight(self, path: str, tensor: torch.Tensor, *, layout: Sequence[Dim | None], site: str) -> Layout:
+    def weight(
+        self, path: str, tensor: torch.Tensor, *, layout: Sequence[Dim | None], site: str, makes: tuple[int, ...] = ()
+    ) -> Layout:
         """Say how a weight's dimensions lie; a dimension given as None gets labels of its own.
 
         A weight met again (tied, or a layer called twice) keeps its first layout, and the new one is made equal.
@@ -81,6 +85,8 @@ class Builder:
                     self.align(mine, theirs, site)
         if key != path:
             self.weights[path] = known
+        if makes:
+            self.makes[path] = makes
         return known
 
     def fresh(self, size: int, *, made: bool = False) -> Dim:
@@ -138,7 +144,7 @@ class Builder:
         """``node`` stops removal along ``dims``, or along everything it reads."""
         self.barriers[node.name] = reason
         if dims is None:
-            dims = [dim for source in node.all_input_nodes for dim in self.dims_of(source)]
+            dims = self.dims_of_all(node)
         self.pin(dims, node.name, reason)
 
     # --- layouts -----------------------------------------------------------------------------------------------
@@ -146,6 +152,10 @@ class Builder:
     def dims_of(self, node: fx.Node) -> list[Dim]:
         """All dimensions of a node's value, of every tensor in it."""
         return list(_all_dims(self.values.get(node)))
+
+    def dims_of_all(self, node: fx.Node) -> list[Dim]:
+        """All dimensions of everything that ``node`` reads."""
+        return [dim for source in node.all_input_nodes for dim in self.dims_of(source)]
 
     def layout(self, node: Any) -> Layout:
         """The layout of a tensor node."""

@@ -70,7 +70,7 @@ class Step:
 
 
 def norm_affine(layer: nn.Module) -> Affine | None:
-    """``γ/σ·x + β − μ·γ/σ`` of a norm with running statistics; None where it has none, or σ is not a positive number."""
+    """``γ/σ·x + β − μ·γ/σ`` of a norm with running statistics; None where it has none, or where σ² is not positive."""
     assert isinstance(layer, nn.modules.batchnorm._NormBase)
     return _normalised(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
 
@@ -163,8 +163,8 @@ def _read_addcmul(facts: Facts, node: fx.Node) -> Step | None:
 def _read_norm(facts: Facts, node: fx.Node) -> Step | None:
     """A batch norm in eval mode that is no layer: one with a weight but no bias, say."""
     arguments = [facts.constant(item) for item in node.args[1:5]]
-    missing = [item for item, found in zip(node.args[1:5], arguments, strict=True) if item is not None and found is None]
-    if len(node.args) < 8 or node.args[5] or missing or not isinstance(node.args[7], float):
+    computed = any(item is not None and facts.constant(item) is None for item in node.args[1:5])
+    if len(node.args) < 8 or node.args[5] or computed or not isinstance(node.args[7], float):
         return None
     weight, bias, mean, variance = arguments
     affine = _normalised(mean, variance, weight, bias, node.args[7])

@@ -1,4 +1,4 @@
-"""What a fusion rule is: ``match`` finds sites and changes nothing, ``rewrite`` changes one site and says what it did."""
+"""What a fusion rule is: ``match`` finds sites and changes nothing, ``rewrite`` changes one and says what it did."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def evaluate(facts: Facts, wanted: Iterable[fx.Node]) -> dict[fx.Node, torch.Ten
             if source not in needed:
                 needed.add(source)
                 stack.append(source)
-    pending = {node: 0 for node in needed}
+    pending = dict.fromkeys(needed, 0)
     for node in needed:
         for source in _read(node):
             pending[source] += 1
@@ -124,6 +124,6 @@ def _call(facts: Facts, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if "like" in str(node.target):
             blank = blank.expand(made.shape)
         return node.target(blank, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])  # type: ignore[misc]
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values[n])
     target: Any = facts.layer(node) if node.op == "call_module" else node.target
     return target(*args, **kwargs)

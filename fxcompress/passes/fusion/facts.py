@@ -74,11 +74,20 @@ class Facts:
         return calls
 
     @cached_property
+    def reads(self) -> dict[str, list[fx.Node]]:
+        """The ``get_attr`` nodes that read each tensor."""
+        reads: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op == "get_attr":
+                reads.setdefault(str(node.target), []).append(node)
+        return reads
+
+    @cached_property
     def _holders(self) -> dict[int, tuple[list[int], list[list[_Holder]]]]:
         # Per storage, the tensors of the graph in clusters whose memory overlaps, and the first byte of each cluster.
         held: dict[int, dict[_Holder, None]] = {}
         for node in self.nodes:
-            for path, tensor in self._held(node):
+            for path, tensor in self.held(node):
                 held.setdefault(_storage(tensor), {})[(*_span(tensor), path, node)] = None
         holders: dict[int, tuple[list[int], list[list[_Holder]]]] = {}
         for storage, found in held.items():
@@ -91,7 +100,8 @@ class Facts:
                 reach = max(reach, holder[1])
         return holders
 
-    def _held(self, node: fx.Node) -> list[tuple[str, torch.Tensor]]:
+    def held(self, node: fx.Node) -> list[tuple[str, torch.Tensor]]:
+        """Path and tensor of everything that ``node`` holds: a layer's weights, or what a ``get_attr`` reads."""
         if node.op == "call_module":
             layer = self.layer(node)
             named = [*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False)]
@@ -143,6 +153,6 @@ def _storage(tensor: torch.Tensor) -> int:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First and last byte within the storage."""
     size = tensor.element_size()
-    first = tensor.storage_offset() * size
-    reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = int(tensor.storage_offset()) * size
+    reach = sum((int(length) - 1) * int(stride) for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (reach + 1) * size - 1

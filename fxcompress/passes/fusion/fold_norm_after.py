@@ -3,9 +3,9 @@
 conv → norm  ⇒  conv      W' = W·γ/σ,  b' = (b − μ)·γ/σ + β,  σ = √(running variance + ε)
 
 Holds for linear layers, convolutions and transposed convolutions of any rank and grouping, and through permutations
-and reshapes between the two that leave the channels whole. Not legal when anybody else reads the value between them, when
-the layer's weights serve another call or another reader, when the norm uses the statistics of the batch, or when it
-normalises another dimension than the layer's channels.
+and reshapes between the two that leave the channels whole. Not legal when anybody else reads the value between them,
+when the layer's weights serve another call or another reader, when the norm uses the statistics of the batch, or when
+it normalises another dimension than the layer's channels.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class FoldNormAfter(Rule[NormSite]):
         if data is None:
             return None
         origin = trace_back(norm, data, 1)
-        call, layer, site = origin.node, facts.layer_of(origin.node, *layers.LINEARS), str(norm.target)
+        call, site = origin.node, str(norm.target)
+        layer: Any = facts.layer_of(call, *layers.LINEARS)
         if layer is None:
             return None  # no linear layer before it: fold_norm_before tells where a norm stands alone
         value = tensor_value(call)

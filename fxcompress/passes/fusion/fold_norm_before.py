@@ -10,7 +10,7 @@ stride 1. Where every shift is zero, it is always legal. Norms that stand alone 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -41,7 +41,8 @@ class FoldNormBefore(Rule[NormSite]):
         calls = [user for user in norm.users if facts.layer_of(user, *layers.LINEARS) is not None]
         if not calls:
             return self._alone(facts, norm)
-        call, layer = calls[0], facts.layer(calls[0])
+        call = calls[0]
+        layer: Any = facts.layer(call)
         value = tensor_value(norm)
         others = tuple(user.name for user in norm.users if user is not call)
         if others:

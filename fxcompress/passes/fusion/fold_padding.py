@@ -27,9 +27,9 @@ __all__ = ["FoldPadding", "zero_padding"]
 aten = torch.ops.aten
 
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
-_POOLS = {
-    getattr(aten, f"{kind}_pool{rank}d").default: kind for kind in ("max", "avg") for rank in (1, 2, 3)
-} | {getattr(aten, f"max_pool{rank}d_with_indices").default: "max" for rank in (2, 3)}
+_POOLS = {getattr(aten, f"{kind}_pool{rank}d").default: kind for kind in ("max", "avg") for rank in (1, 2, 3)} | {
+    getattr(aten, f"max_pool{rank}d_with_indices").default: "max" for rank in (2, 3)
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ def zero_padding(pad: fx.Node) -> list[Any] | None:
     """The widths, last dimension first, of a padding with zeros; None where it pads with something else."""
     arguments = [*pad.args, *([None] * 4)][:4]
     widths: Any = pad.kwargs.get("pad", arguments[1])
-    if pad.target is aten.constant_pad_nd.default:
-        mode, value = "constant", pad.kwargs.get("value", arguments[2])
-    else:
+    mode: Any = "constant"
+    value: Any = pad.kwargs.get("value", arguments[2])
+    if pad.target is aten.pad.default:
         mode, value = pad.kwargs.get("mode", arguments[2] or "constant"), pad.kwargs.get("value", arguments[3])
     return list(widths) if mode == "constant" and value in (None, 0, 0.0) else None

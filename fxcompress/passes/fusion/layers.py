@@ -103,7 +103,7 @@ def after(layer: LayerT, affine: Affine) -> LayerT:
 
 
 def before(layer: LayerT, affine: Affine) -> LayerT:
-    """The layer preceded by ``affine`` over its input channels; see :func:`no_shift_before` for when a shift may go in."""
+    """The layer preceded by ``affine`` over its input channels; see :func:`no_shift_before` for when it may shift."""
     weight, bias = _tensors(layer)
     affine = affine.on(input_channels(layer), weight.device)
     groups = int(getattr(layer, "groups", 1))
@@ -123,7 +123,7 @@ def no_shift_before(layer: Any) -> str | None:
     """Why no shift may go into the layer from before, or None where it may."""
     if type(layer) is nn.Linear:
         return None
-    padded = isinstance(layer.padding, str) and layer.padding != "valid" or any(p != 0 for p in layer.padding)
+    padded = layer.padding != "valid" and any(width != 0 for width in layer.padding)
     if type(layer) in TRANSPOSED:
         if padded or any(size != 1 for size in (*layer.kernel_size, *layer.stride)) or any(layer.output_padding):
             return "outputs of the transposed convolution sum a varying number of inputs"

@@ -35,7 +35,7 @@ __all__ = ["MergeBranches"]
 
 aten = torch.ops.aten
 
-_SUMS = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
+_SUMS: dict[Any, float] = {aten.add.Tensor: 1.0, aten.sub.Tensor: -1.0}
 _MERGED: tuple[type[nn.Module], ...] = (nn.Linear, *layers.CONVS)
 
 
@@ -228,9 +228,11 @@ def _weight(base: Any, terms: tuple[Term, ...]) -> torch.Tensor:
             theirs = term.layer.weight.detach()
             inset = [(large - small) // 2 for large, small in zip(weight.shape[2:], theirs.shape[2:], strict=True)]
             spans = [slice(at, at + size) for at, size in zip(inset, theirs.shape[2:], strict=True)]
-            weight[(..., *spans)].add_(theirs.double(), alpha=term.factor)
+            window: tuple[Any, ...] = (..., *spans)
+            weight[window].add_(theirs.double(), alpha=term.factor)
         else:  # each channel reads itself, at the centre of the kernel
-            centre = weight[(..., *(size // 2 for size in weight.shape[2:]))]
+            middle: tuple[Any, ...] = (..., *(size // 2 for size in weight.shape[2:]))
+            centre = weight[middle]
             diagonal = centre.view(groups, -1, centre.shape[1]).diagonal(dim1=1, dim2=2)
             scale = torch.ones(1) if term.map is None else term.map.scale
             diagonal.add_(scale.to(weight).expand(weight.shape[0]).reshape(groups, -1), alpha=term.factor)

@@ -1,5 +1,7 @@
 """A report with something of everything, made by hand."""
 
+import pytest
+
 from fxcompress.analysis.cost import Cost, NodeCost
 from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.reporting.model import CaptureReport, EngineReport, Latency, PassReport, Report
@@ -9,7 +11,8 @@ FUSED = Cost(parameters=11_684_712, macs=1_814_073_344, bytes=46_738_848, activa
 PRUNED = Cost(parameters=3_060_000, macs=487_000_000, bytes=12_240_000, activation_peak_bytes=2_007_040)
 
 
-def sample() -> Report:
+@pytest.fixture
+def report() -> Report:
     fuse = PassReport(
         name="fuse_modules",
         text="fuse_modules",

@@ -1,0 +1,1 @@
+"""Which indices of which weights must be removed together."""

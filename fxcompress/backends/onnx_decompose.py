@@ -1,0 +1,250 @@
+"""ATen operations that ONNX has no function for, each taken apart alone.
+
+``torch.onnx.export`` decomposes by tracing the whole model once more, forwards and backwards, which is a third of its
+time. Nearly every operation of a captured graph has an ONNX function as it stands, so here the graph is kept, and only
+a node that needs it is rewritten: by a rule of this file, or by tracing that one operation with the decompositions
+that the exporter asks for. Equal operations on equal shapes are traced once.
+
+A size that depends on the batch becomes ``-1`` where one may stand, so that no ``Shape``/``Gather`` chain is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxcompress.graph.lowering import Lowering, to_exported_program
+from fxcompress.graph.trace import trace
+
+__all__ = ["OnnxReadyProgram", "Rewriter"]
+
+aten = torch.ops.aten
+
+
+class OnnxReadyProgram(ExportedProgram):
+    """A program that decomposes node by node.
+
+    ``torch.onnx.export`` calls :meth:`run_decompositions` with its table of the operations that it cannot take.
+    """
+
+    source: fx.GraphModule
+    decomposed: ExportedProgram | None = None
+
+    @classmethod
+    def of(cls, graph_module: fx.GraphModule) -> OnnxReadyProgram:
+        """The program of a captured graph."""
+        program = to_exported_program(graph_module, program_type=cls)
+        assert isinstance(program, cls)
+        program.source = graph_module
+        return program
+
+    def run_decompositions(self, decomp_table: Any = None, *_: Any, **__: Any) -> ExportedProgram:
+        """The program with every operation of ``decomp_table`` taken apart."""
+        self.decomposed = to_exported_program(self.source, rewrite=Rewriter(decomp_table or {}))
+        return self.decomposed
+
+
+class Rewriter:
+    """Decides for each ATen call whether ONNX takes it as it is; a :data:`fxcompress.graph.lowering.Rewrite`."""
+
+    def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
+        self._table = dict(table)
+        self._traced: dict[Any, fx.GraphModule] = {}
+
+    def __call__(self, lowering: Lowering, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(target, torch._ops.OpOverload):
+            return NotImplemented
+        rule = _RULES.get(target)
+        if rule is not None:
+            result = rule(lowering, _bound(target, args, kwargs))
+            if result is not NotImplemented:
+                return NotImplemented if result is _KEEP else result
+        if target in self._table or _is_alias(target) or target in _ONLY_SOMETIMES:
+            return self._take_apart(lowering, target, args, kwargs)
+        return NotImplemented
+
+    def _take_apart(self, lowering: Lowering, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        key = target, spec, tuple(map(_leaf_key, leaves))
+        if key not in self._traced:
+
+            def operation(*values: Any) -> Any:
+                given = iter(values)
+                filled = [next(given) if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+                own_args, own_kwargs = pytree.tree_unflatten(filled, spec)
+                return target(*own_args, **own_kwargs)
+
+            values = [operand.meta["val"] for operand in operands]
+            self._traced[key] = trace(operation, values, lowering.mode, decompositions=self._table)
+        return lowering.inline(self._traced[key], operands)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    value = leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(map(str, value.shape))
+    return type(leaf), type(value), str(value)
+
+
+def _is_alias(target: torch._ops.OpOverload) -> bool:
+    """Composite operations that may return their argument: tracing never keeps them whole, so exporters skip them."""
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return composite and any(result.alias_info is not None for result in target._schema.returns)
+
+
+def _bound(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    values = {}
+    for index, argument in enumerate(target._schema.arguments):
+        if index < len(args):
+            values[argument.name] = args[index]
+        else:
+            values[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return values
+
+
+# --- rules: the lowering and the call's arguments by name → what stands for the call ----------------------------------
+
+Rule = Callable[[Lowering, dict[str, Any]], Any]
+_KEEP = object()  # the call as it is
+
+
+def _same(lowering: Lowering, a: dict[str, Any]) -> Any:
+    return a["self"] if "self" in a else a["input"]
+
+
+def _same_if_unchanged(lowering: Lowering, a: dict[str, Any]) -> Any:
+    """``expand``, ``slice`` and the like that give the whole of their argument."""
+    before, after = a["self"].meta["val"], lowering.value
+    if after is None or a.get("step", 1) != 1:
+        return NotImplemented
+    return a["self"] if _sizes(before) == _sizes(after) and before.dtype == after.dtype else NotImplemented
+
+
+def _scatter(lowering: Lowering, a: dict[str, Any]) -> Any:
+    whole = _sizes(a["self"].meta["val"]) == _sizes(a["src"].meta["val"])
+    return a["src"] if whole and a["self"].meta["val"].dtype == a["src"].meta["val"].dtype else NotImplemented
+
+
+def _cast(lowering: Lowering, a: dict[str, Any]) -> Any:
+    wanted = lowering.value.dtype if lowering.value is not None else a.get("dtype")
+    if wanted is None or wanted == a["self"].meta["val"].dtype:
+        return a["self"]
+    return lowering.emit(aten._to_copy.default, (a["self"],), {"dtype": wanted}, value=lowering.value)
+
+
+def _reshape(lowering: Lowering, a: dict[str, Any]) -> Any:
+    """One unknown size may be ``-1``. Sizes come from the result, which knows more of them than the arguments."""
+    after = lowering.value
+    if after is None:
+        return NotImplemented
+    before = a["self"].meta["val"]
+    if _sizes(before) == _sizes(after):
+        return a["self"]
+    sizes = [-1 if isinstance(size, torch.SymInt) else int(size) for size in after.shape]
+    if sizes.count(-1) > 1 or (-1 in sizes and 0 in sizes):
+        if "size" not in a:
+            return NotImplemented
+        sizes = a["size"]
+    # Not a view: the exporter computes strides anew, and copies that made them fit are left out.
+    return lowering.emit(aten.reshape.default, (a["self"], sizes), value=after)
+
+
+def _chunk(lowering: Lowering, a: dict[str, Any]) -> Any:
+    if lowering.value is None:
+        return NotImplemented
+    sizes = [part.shape[a["dim"]] for part in lowering.value]
+    if any(isinstance(size, torch.SymInt) for size in sizes):
+        return NotImplemented
+    return lowering.emit(aten.split_with_sizes.default, (a["self"], sizes, a["dim"]), value=lowering.value)
+
+
+def _unbind(lowering: Lowering, a: dict[str, Any]) -> Any:
+    count = a["self"].meta["val"].shape[a["dim"]]
+    if isinstance(count, torch.SymInt):
+        return NotImplemented
+    parts = lowering.value or [None] * count
+    call = aten.select.int
+    return tuple(lowering.emit(call, (a["self"], a["dim"], i), value=part) for i, part in enumerate(parts))
+
+
+def _mean(lowering: Lowering, a: dict[str, Any]) -> Any:
+    """The mean over an image is a global pooling: engines have integer kernels for that one."""
+    value = a["self"].meta["val"]
+    if value.dim() != 4 or a["dim"] is None or a["dtype"] not in (None, value.dtype):
+        return NotImplemented
+    if sorted(dim % 4 for dim in a["dim"]) != [2, 3] or isinstance(value.shape[1], torch.SymInt):
+        return NotImplemented
+    pooled = lowering.emit(aten.adaptive_avg_pool2d.default, (a["self"], [1, 1]), value=lowering.value if a["keepdim"] else None)
+    if a["keepdim"]:
+        return pooled
+    return lowering.emit(aten.reshape.default, (pooled, [-1, int(value.shape[1])]), value=lowering.value)
+
+
+def _batch_norm(lowering: Lowering, a: dict[str, Any]) -> Any:
+    if a["training"] or a["running_mean"] is None or a["running_var"] is None:
+        return NotImplemented
+    return _KEEP
+
+
+def _adaptive_pool(lowering: Lowering, a: dict[str, Any]) -> Any:
+    """Kept where it is an ordinary pooling: down to 1, or by whole factors."""
+    value, wanted = a["self"].meta["val"], list(a["output_size"])
+    if value.dim() != len(wanted) + 2:
+        return NotImplemented
+    sizes = value.shape[2:]
+    fits = all(isinstance(size, int) and size % want == 0 for size, want in zip(sizes, wanted, strict=True))
+    if not fits and any(want != 1 for want in wanted):
+        return NotImplemented
+    return _KEEP
+
+
+def _sizes(value: torch.Tensor) -> list[Any]:
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
+
+
+# Operations that `onnx_translate` gives ONNX functions for some of their uses; the others are taken apart.
+_ONLY_SOMETIMES = {
+    aten.batch_norm.default,
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+}
+
+_RULES: dict[Any, Rule] = {
+    aten.contiguous.default: _same,
+    aten.clone.default: _same,
+    aten.alias.default: _same,
+    aten.detach.default: _same,
+    aten.lift_fresh_copy.default: _same,
+    aten.resolve_conj.default: _same,
+    aten.resolve_neg.default: _same,
+    aten.slice.Tensor: _same_if_unchanged,
+    aten.expand.default: _same_if_unchanged,
+    aten.slice_scatter.default: _scatter,
+    aten.to.dtype: _cast,
+    aten.to.device: _cast,
+    aten.to.dtype_layout: _cast,
+    aten.to.other: _cast,
+    aten.type_as.default: _cast,
+    aten.view.default: _reshape,
+    aten.reshape.default: lambda lowering, a: _reshape(lowering, {"self": a["self"], "size": a["shape"]}),
+    aten._unsafe_view.default: _reshape,
+    aten.view_as.default: _reshape,
+    aten.reshape_as.default: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
+    aten.ravel.default: _reshape,
+    aten.chunk.default: _chunk,
+    aten.unbind.int: _unbind,
+    aten.mean.dim: _mean,
+    aten.batch_norm.default: _batch_norm,
+    aten.adaptive_avg_pool1d.default: _adaptive_pool,
+    aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    aten.adaptive_avg_pool3d.default: _adaptive_pool,
+}

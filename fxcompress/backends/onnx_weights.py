@@ -1,0 +1,163 @@
+"""Weights beside the ONNX graph: taken out before it is worked on, put back when it is written.
+
+Simplifying a graph and serializing it again copies every weight several times; of a graph without them it takes a
+tenth of a second. So weights stay the tensors that the model has, and reach the disk once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+__all__ = ["fold_weights", "restore_weights", "strip_weights", "write_model"]
+
+Weights = dict[str, torch.Tensor]
+
+_SMALL = 1 << 10  # bytes; such a tensor may be a shape or an axis, which simplification has to see
+_EMBED = 64 << 20  # bytes; with more weights than this they are a file of their own, which engines map into memory
+_ALIGNMENT = 4096  # of weights in that file
+
+# Not to be computed beforehand: what they give is what the engine shall compute.
+_KEPT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "Expand", "ConstantOfShape"}
+
+
+def strip_weights(model: ir.Model) -> Weights:
+    """Make every weight of ``model`` a graph input of the same name; gives their tensors."""
+    weights: Weights = {}
+    for name, value in list(model.graph.initializers.items()):
+        held = value.const_value
+        raw = getattr(held, "raw", None)
+        if held is not None and held.nbytes > _SMALL and isinstance(raw, torch.Tensor):
+            weights[name] = raw.detach()
+            del model.graph.initializers[name]
+            model.graph.inputs.append(value)
+    return weights
+
+
+def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
+    """Compute what depends on weights and constants alone: the transpose of a weight, its gates in another order.
+
+    A weight that has other users stays as it is, or it would be stored twice.
+    """
+    uses = Counter(name for node in graph.node for name in set(node.input))
+    uses.update(output.name for output in graph.output)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    kept = []
+    for node in graph.node:
+        names = [name for name in node.input if name]
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+        held = [name for name in names if name in weights]
+        known = bool(held) and all(name in weights or name in constants for name in names)
+        if not known or node.op_type in _KEPT or node.domain or any(uses[name] > 1 for name in held):
+            kept.append(node)
+            continue
+        results = _compute(node, weights, constants)
+        if results is None:
+            kept.append(node)
+        else:
+            weights.update(zip(node.output, results, strict=True))
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
+        _declare(graph, weights)
+
+
+def _compute(node: onnx.NodeProto, weights: Weights, constants: dict[str, onnx.TensorProto]) -> list[torch.Tensor] | None:
+    if node.op_type == "Transpose":
+        value = weights[node.input[0]]
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(value.dim()))))
+        return [value.permute(order)]  # copied when it is written, not before
+    if any(attribute.HasField("g") for attribute in node.attribute):
+        return None
+    if any(weights[name].dtype in _NOT_IN_NUMPY for name in node.input if name in weights):
+        return None
+    feeds = {
+        name: weights[name].numpy(force=True) if name in weights else numpy_helper.to_array(constants[name])
+        for name in node.input
+        if name
+    }
+    try:
+        results = ReferenceEvaluator(node).run(None, feeds)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    arrays = [np.ascontiguousarray(result) for result in results]
+    if sum(array.nbytes for array in arrays) > 2 * sum(feed.nbytes for feed in feeds.values()):
+        return None
+    return [torch.from_numpy(array) for array in arrays]
+
+
+_NOT_IN_NUMPY = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
+    """Make graph inputs of the weights that the nodes read, and of no others."""
+    read = {name for node in graph.node for name in node.input}
+    inputs = [value for value in graph.input if value.name not in weights]
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    for name in [name for name in weights if name not in read]:
+        del weights[name]
+    for name, tensor in weights.items():
+        kind = types.get(name) or int(ir.DataType.from_numpy(tensor.new_empty(0).numpy().dtype))
+        inputs.append(onnx.helper.make_tensor_value_info(name, kind, list(tensor.shape)))
+    del graph.input[:]
+    graph.input.extend(inputs)
+    shapes = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(shapes)
+
+
+def restore_weights(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
+    """Turn the graph inputs that stand for weights into initializers without data; gives those that are in use."""
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    inputs, tensors = [], {}
+    for value in graph.input:
+        if value.name not in weights:
+            inputs.append(value)
+        elif value.name in read:
+            kind = value.type.tensor_type.elem_type
+            tensors[value.name] = onnx.TensorProto(name=value.name, data_type=kind, dims=weights[value.name].shape)
+    del graph.input[:]
+    graph.input.extend(inputs)
+    return tensors
+
+
+def write_model(model: onnx.ModelProto, weights: Weights, path: Path) -> Path | None:
+    """Write ``model`` to ``path`` with its weights, each straight from its tensor.
+
+    Returns:
+        The file of weights beside it, None where they are few enough to be in the model file.
+    """
+    tensors = restore_weights(model.graph, weights)
+    total = sum(weights[name].nbytes for name in tensors)
+    beside = path.with_name(path.name + ".data") if total > _EMBED else None
+    if beside is None:
+        for name, tensor in tensors.items():
+            tensor.raw_data = _bytes(weights[name]).tobytes()
+    else:
+        with beside.open("wb") as file:
+            for name, tensor in tensors.items():
+                data = _bytes(weights[name])
+                offset = file.tell()
+                if data.nbytes >= _ALIGNMENT and offset % _ALIGNMENT:
+                    offset += _ALIGNMENT - offset % _ALIGNMENT
+                    file.seek(offset)
+                file.write(data.data)
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, text in (("location", beside.name), ("offset", offset), ("length", data.nbytes)):
+                    tensor.external_data.add(key=key, value=str(text))
+    model.graph.initializer.extend(tensors.values())
+    path.write_bytes(model.SerializeToString())
+    return beside
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()

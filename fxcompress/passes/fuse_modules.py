@@ -1,0 +1,108 @@
+"""Module fusion: what inference does not need separately becomes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxcompress.errors import OptionError, PreconditionError, nearest
+from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.passes.fusion.base import Rule, apply
+from fxcompress.passes.fusion.fold_affine import FoldAffine
+from fxcompress.passes.fusion.fold_constants import FoldConstants
+from fxcompress.passes.fusion.fold_norm_after import FoldNormAfter
+from fxcompress.passes.fusion.fold_norm_before import FoldNormBefore
+from fxcompress.passes.fusion.fold_padding import FoldPadding
+from fxcompress.passes.fusion.merge_branches import MergeBranches
+from fxcompress.passes.fusion.merge_duplicates import MergeDuplicates
+from fxcompress.passes.fusion.merge_views import MergeViews
+from fxcompress.passes.fusion.normalize_padding import NormalizePadding
+from fxcompress.passes.fusion.raise_layers import RaiseLayers
+from fxcompress.passes.fusion.remove_identities import RemoveIdentities
+
+__all__ = ["FuseModules"]
+
+# In this order. One value under two names is merged before weights are computed, so that a tied weight stays tied;
+# norms go into convolutions before the branches that these make are summed.
+_RULES: tuple[Rule[Any], ...] = (
+    MergeDuplicates(),
+    NormalizePadding(),
+    FoldConstants(),
+    RaiseLayers(),
+    RemoveIdentities(),
+    MergeViews(),
+    FoldNormAfter(),
+    FoldAffine(),
+    FoldNormBefore(),
+    FoldPadding(),
+    MergeBranches(),
+)
+_NAMES = tuple(rule.name for rule in _RULES)
+_ROUNDS = 8  # one more than what any model has needed; each rewrite makes the graph smaller, so rounds do end
+
+
+@dataclass(frozen=True)
+class FuseModules(Pass):
+    """Fold, merge and remove what inference does not need separately.
+
+    ::
+
+        conv → batch norm  ⇒  conv      W' = W·γ/σ,  b' = (b − μ)·γ/σ + β
+
+    and, each a rule of its own with its legality in ``passes/fusion``: norms before layers, per-channel arithmetic,
+    padding, parallel branches, constants, identities with dropout, views of views, and values computed twice. Rules are
+    repeated while any of them finds something. Not legal, and told as skips: a value that somebody else reads
+    (``shared_value``), a layer called twice (``shared_layer``), a tied weight (``tied_weight``), training mode
+    (``training``), weights that are not numbers (``not_finite``), and more.
+
+    Args:
+        rules: names of the rules to use; None for all.
+        ignore: glob patterns of layers and nodes that stay as they are: ``("head.*",)``.
+    """
+
+    name: ClassVar[str] = "fuse_modules"
+    numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
+
+    rules: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for option in ("rules", "ignore"):
+            value = getattr(self, option)
+            if isinstance(value, str):
+                object.__setattr__(self, option, (value,))
+            elif value is not None:
+                object.__setattr__(self, option, tuple(value))
+        for rule in self.rules or ():
+            if rule not in _NAMES:
+                raise OptionError(f"fuse_modules has no rule {rule!r}", where="rules", remedy=nearest(rule, _NAMES))
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        for node in graph_module.graph.nodes:
+            if node.op == "placeholder" and "val" not in node.meta:
+                raise PreconditionError(
+                    "the graph has no shapes, which fuse_modules needs",
+                    where=f"input {node.target!r}",
+                    remedy="give example_inputs to compile()",
+                )
+        chosen = [rule for rule in _RULES if self.rules is None or rule.name in self.rules]
+        rewrites: list[Rewrite] = []
+        skips: list[Skip] = []
+        for _ in range(_ROUNDS):
+            made: list[Rewrite] = []
+            skips = []
+            for rule in chosen:
+                done, left = apply(rule, graph_module, self.ignore)
+                made += done
+                skips += left
+            rewrites += made
+            if not made:
+                break
+        # What one rule leaves, another may leave for the same reason: told once. Skips of earlier rounds are history.
+        told = {(skip.site, skip.code): skip for skip in reversed(skips)}
+        if not rewrites and not told:
+            reason = "No rule applies: the graph has no norm, arithmetic, padding, branch or constant to fold."
+            told["", ""] = Skip("graph", "nothing_to_fuse", reason)
+        return PassResult(graph_module, tuple(rewrites), tuple(reversed(told.values())))

@@ -1,0 +1,1 @@
+"""The parts of structured channel removal: choosing, shrinking weights, rewriting sizes, proof."""

@@ -1,0 +1,304 @@
+"""In-place operations become functional, exactly, or are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fxcompress.capture import capture
+from fxcompress.errors import CaptureError
+from fxcompress.graph.info import info
+from tests.capture.helpers import check, names, targets
+
+T = torch.Tensor
+
+
+class Of(nn.Module):
+    """A model of one function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: T) -> Any:
+        return self.function(x)
+
+
+def fresh(x: T) -> T:
+    return x * 1.0
+
+
+def relu_(x: T) -> T:
+    return F.relu_(fresh(x))
+
+
+def chain(x: T) -> T:
+    y = fresh(x)
+    y += x
+    y *= 2
+    y.sub_(1).clamp_(min=-1).div_(3)
+    return y
+
+
+def written_then_read(x: T) -> tuple[T, T]:
+    y = fresh(x)
+    z = y
+    y.add_(1)
+    return y, z * 2
+
+
+def old_value_kept(x: T) -> T:
+    y = fresh(x)
+    before = y + 0.5
+    y.mul_(3)
+    return before + y
+
+
+def slice_write(x: T) -> T:
+    y = torch.zeros_like(x)
+    y[:, 1:3] = 1.0
+    y[:, :, 0] = x[:, :, 1]
+    y[:, -1] += 5
+    return y + x
+
+
+def swin_mask(x: T) -> T:
+    mask = x.new_zeros((4, 4))
+    count = 0
+    for rows in (slice(0, -2), slice(-2, -1), slice(-1, None)):
+        for columns in (slice(0, -2), slice(-2, -1), slice(-1, None)):
+            mask[rows, columns] = count
+            count += 1
+    mask = mask.view(2, 2, 2, 2).permute(0, 2, 1, 3).reshape(4, 4)
+    difference = mask.unsqueeze(1) - mask.unsqueeze(2)
+    difference = difference.masked_fill(difference != 0, -100.0).masked_fill(difference == 0, 0.0)
+    return x.unsqueeze(1) + difference
+
+
+def through_view(x: T) -> T:
+    y = fresh(x)
+    y.view(y.shape[0], 16).mul_(2)
+    return y
+
+
+def through_transpose(x: T) -> T:
+    y = fresh(x)
+    y.transpose(1, 2)[:, 0].add_(1)
+    y.permute(2, 0, 1)[1].zero_()
+    y.movedim(0, 2)[2].add_(x.movedim(0, 2)[2])
+    return y
+
+
+def through_select(x: T) -> T:
+    y = fresh(x)
+    y.select(1, 2).fill_(7)
+    y[:, 0].copy_(x[:, 1])
+    return y
+
+
+def through_pieces(x: T) -> T:
+    y = fresh(x)
+    left, right = y.chunk(2, dim=1)
+    left.add_(1)
+    right *= 2
+    first, *_ = y.split([1, 3], dim=2)
+    first.zero_()
+    y.unbind(1)[3].fill_(9)
+    return y
+
+
+def through_reshape(x: T) -> T:
+    y = fresh(x)
+    y.reshape(-1, 4)[1:].add_(1)
+    y.flatten(1)[:, ::2].mul_(3)
+    y.unsqueeze(1).squeeze(1).add_(1)
+    return y
+
+
+def reshape_that_copies(x: T) -> T:
+    y = fresh(x)
+    y.transpose(1, 2).reshape(-1).add_(100)  # of a copy: y stays
+    return y
+
+
+def through_diagonal(x: T) -> T:
+    y = fresh(x)
+    y.diagonal(dim1=1, dim2=2).fill_(3)
+    return y
+
+
+def other_view_sees_it(x: T) -> tuple[T, T]:
+    y = fresh(x)
+    rows, columns = y[:, 0], y[:, :, 0]
+    rows.add_(1)
+    return columns * 2, y
+
+
+def view_of_view(x: T) -> T:
+    y = fresh(x)
+    y[:, 1:][:, :2].transpose(1, 2)[..., 0].add_(4)
+    return y
+
+
+def keeps_dtype(x: T) -> T:
+    y = (x > 0).to(torch.int32)
+    y += 2
+    z = x.half()
+    z.add_(x)
+    z[:, 0] = x[:, 0]
+    return y + z
+
+
+def bool_write(x: T) -> T:
+    mask = x > 0
+    mask &= x < 0.5
+    mask[:, 0] = True
+    return x.masked_fill(mask, 0)
+
+
+def index_put(x: T) -> T:
+    y = fresh(x)
+    y[x > 0] = 0
+    y[:, torch.tensor([0, 2])] = 1.5
+    return y
+
+
+def masked_fill_(x: T) -> T:
+    return fresh(x).masked_fill_(x > 0, 2).tril_()
+
+
+def clone_first(x: T) -> tuple[T, T]:
+    y = x.clone()
+    y.add_(1)
+    return x, y
+
+
+def contiguous_alias(x: T) -> T:
+    y = fresh(x)
+    y.contiguous().add_(1)  # y is contiguous: this is y
+    return y
+
+
+def same_dtype_alias(x: T) -> T:
+    y = fresh(x)
+    y.to(torch.float32).add_(1)
+    y.detach().mul_(2)
+    return y
+
+
+def out_argument(x: T) -> T:
+    y = torch.empty_like(x)
+    torch.add(x, 1, out=y)
+    return y
+
+
+def double_use(x: T) -> T:
+    y = fresh(x)
+    return y.add_(y).mul_(y)
+
+
+def inplace_activations(x: T) -> T:
+    y = fresh(x)
+    for activation in (F.relu6, F.silu, F.hardswish, F.leaky_relu, F.elu, F.hardtanh, F.hardsigmoid, F.mish, F.celu):
+        y = activation(y, inplace=True)
+    return F.dropout(y, 0.5, training=False, inplace=True)
+
+
+WRITES = [
+    *(relu_, chain, written_then_read, old_value_kept, slice_write, swin_mask, through_view, through_transpose),
+    *(through_select, through_pieces, through_reshape, reshape_that_copies, through_diagonal, other_view_sees_it),
+    *(view_of_view, keeps_dtype, bool_write, masked_fill_, clone_first, contiguous_alias, same_dtype_alias),
+    *(double_use, inplace_activations, index_put, out_argument),
+]
+
+
+@pytest.mark.parametrize("function", WRITES, ids=lambda f: f.__name__)
+def test_writes_become_values(function: Callable[[T], Any]) -> None:
+    check(Of(function), (torch.randn(2, 4, 4),), (torch.randn(3, 4, 4),))
+
+
+def test_nodes_are_named_for_what_they_do() -> None:
+    graph = check(Of(lambda x: F.relu_(x * 2).add_(1)), (torch.randn(2, 4),))
+    assert names(graph) == ["x", "mul", "relu", "add", "output"]
+
+
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[:, 0].zero_(), lambda x: F.relu_(x[0])])
+def test_a_write_into_the_input_is_noted(write: Callable[[T], T]) -> None:
+    def function(x: T) -> T:
+        write(x)
+        return x * 2
+
+    graph = check(Of(function), (torch.randn(2, 4),))
+    assert any("writes into its input 'x'" in note for note in info(graph).notes)
+    x = torch.randn(2, 4)
+    kept = x.clone()
+    graph(x)
+    assert torch.equal(x, kept)
+
+
+def test_no_note_where_nothing_writes_into_an_input() -> None:
+    assert info(check(Of(chain), (torch.randn(2, 4, 4),))).notes == []
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: T) -> T:
+        self.count += 1
+        return x * self.weight * self.count
+
+
+class Clamps(Counts):
+    def forward(self, x: T) -> T:
+        with torch.no_grad():
+            self.weight.clamp_(max=0.5)
+        return x * self.weight
+
+
+class ViewOfBuffer(Counts):
+    def forward(self, x: T) -> T:
+        self.count.view(1, 1).add_(1)
+        return x * self.count
+
+
+class Rebinds(Counts):
+    def forward(self, x: T) -> T:
+        self.count = self.count + 1
+        return x * self.count
+
+
+@pytest.mark.parametrize("model", [Counts, Clamps, ViewOfBuffer, Rebinds])
+def test_a_write_into_a_weight_or_buffer_is_refused(model: type[nn.Module]) -> None:
+    instance = model().eval()
+    with pytest.raises(CaptureError, match=r"writes into .*(count|weight)") as caught:
+        capture(instance, (torch.randn(2, 4),))
+    assert caught.value.remedy and "forward" in str(caught.value)
+    assert torch.equal(instance.count, torch.zeros(1)) and torch.equal(instance.weight, torch.ones(4))
+
+
+def test_a_write_that_cannot_be_followed_is_refused_at_its_reader() -> None:
+    def function(x: T) -> T:
+        y = fresh(x)
+        y.as_strided((2, 2), (1, 1)).add_(1)  # overlapping: written twice
+        return y
+
+    with pytest.raises(CaptureError, match="cannot be followed") as caught:
+        capture(Of(function).eval(), (torch.randn(2, 4),))
+    assert "test_functionalize.py" in str(caught.value)
+
+
+def test_a_write_nobody_reads_is_dropped() -> None:
+    def function(x: T) -> T:
+        y = fresh(x)
+        y.as_strided((2, 2), (1, 1)).add_(1)
+        return x + 1
+
+    assert targets(check(Of(function), (torch.randn(2, 4),))) == ["aten.add.Tensor"]
