@@ -6,12 +6,14 @@ import inspect
 import io
 import sys
 import warnings
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, redirect_stderr
 from typing import Any, TextIO
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from fxcompress.capture.dynamic import Marks, at_least_two, attempts, export_shapes
 from fxcompress.capture.explain import explain, first_line, user_line
@@ -21,6 +23,8 @@ from fxcompress.errors import PreconditionError
 from fxcompress.graph.recurrent import KnownShapes
 
 __all__ = ["export_program"]
+
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def export_program(model: nn.Module, inputs: ExampleInputs, marks: Marks, wanted: object) -> ExportedProgram:
@@ -52,11 +56,50 @@ def export_program(model: nn.Module, inputs: ExampleInputs, marks: Marks, wanted
 
 def _export(model: nn.Module, inputs: ExampleInputs, marks: Marks) -> ExportedProgram:
     positional, keywords = export_shapes(inputs, marks)
-    shapes = dict(inspect.signature(model.forward).bind(*positional, **keywords).arguments)
-    with preserved(model), warnings.catch_warnings(), redirect_stderr(_WithoutGraphs(sys.stderr)), KnownShapes():
-        warnings.simplefilter("ignore")
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(redirect_stderr(_WithoutGraphs(sys.stderr)))
+        stack.enter_context(KnownShapes())
+        stack.enter_context(_DataIsDetached())
         model.register_forward_hook(lambda module, args, output: register_dataclasses(output))
+        signature = _name_keywords(model, inputs)
+        shapes = dict(signature.bind(*positional, **keywords).arguments)
         return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _name_keywords(model: nn.Module, inputs: ExampleInputs) -> inspect.Signature:
+    """The signature of ``forward`` with what ``**kwargs`` takes spelled out: torch gives those no dynamic shapes."""
+    forward = model.forward
+    signature = inspect.signature(forward)
+    known = {name: p for name, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    extra = [name for name in inputs.kwargs if name not in known]
+    if not extra:
+        return signature
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    spelled = inspect.Signature([*known.values(), *named])
+
+    def explicit(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    explicit.__signature__ = spelled  # type: ignore[attr-defined]
+    model.forward = explicit  # the caller restores it
+    return spelled
+
+
+class _DataIsDetached(TorchFunctionMode):
+    """``x.data`` is what export cannot trace; ``x.detach()`` is the same without gradients."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _GET_DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
 
 
 def _first_batch_is_dynamic(program: ExportedProgram) -> bool:

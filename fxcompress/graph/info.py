@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils._pytree import TreeSpec
 
 from fxcompress.errors import GraphError
+from fxcompress.graph.calling import CallCodeGen
 from fxcompress.graph.names import keep_original_names
 
 __all__ = ["GraphInfo", "assemble", "info", "set_calling_convention"]
@@ -80,9 +80,8 @@ def assemble(root: nn.Module, graph: fx.Graph, facts: GraphInfo) -> fx.GraphModu
 def set_calling_convention(graph_module: fx.GraphModule, facts: GraphInfo) -> None:
     """Make ``graph_module(*args, **kwargs)`` accept and return what the user's model did, and attach ``facts``."""
     graph_module.meta[_KEY] = facts
-    names = list(facts.parameter_names)
     keep_original_names(graph_module)
-    graph_module.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, facts.in_spec, facts.out_spec)))
+    graph_module.graph.set_codegen(CallCodeGen(facts.parameter_names, facts.in_spec, facts.out_spec))
     graph_module.recompile()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import fx
 
 from fxcompress.errors import OptionError, PreconditionError, nearest
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
-from fxcompress.passes.fusion.base import Rule, apply
+from fxcompress.passes.fusion.base import Rule, apply, names_of
 from fxcompress.passes.fusion.fold_affine import FoldAffine
 from fxcompress.passes.fusion.fold_constants import FoldConstants
 from fxcompress.passes.fusion.fold_norm_after import FoldNormAfter
@@ -59,7 +60,8 @@ class FuseModules(Pass):
 
     Args:
         rules: names of the rules to use; None for all.
-        ignore: glob patterns of layers and nodes that stay as they are: ``("head.*",)``.
+        ignore: layers and nodes that stay as they are: paths, paths of containers, or either with ``*``, ``?`` and
+            ``[...]``: ``("backbone.stem", "*.head")``.
     """
 
     name: ClassVar[str] = "fuse_modules"
@@ -86,6 +88,12 @@ class FuseModules(Pass):
                     "the graph has no shapes, which fuse_modules needs",
                     where=f"input {node.target!r}",
                     remedy="give example_inputs to compile()",
+                )
+        names = {name for node in graph_module.graph.nodes for name in names_of(node)} if self.ignore else set()
+        for pattern in self.ignore:
+            if not fnmatch.filter(names, pattern):
+                raise OptionError(
+                    f"no layer or node is called {pattern!r}", where="ignore", remedy=nearest(pattern, names)
                 )
         chosen = [rule for rule in _RULES if self.rules is None or rule.name in self.rules]
         rewrites: list[Rewrite] = []

@@ -217,15 +217,10 @@ def test_layers_are_raised(case: str) -> None:
     graph = check(model, inputs, other)
     assert targets(graph) == expected
     assert list(graph.state_dict()) == list(model.state_dict())
-    for ours, theirs in zip(_leaves(graph), _leaves(model), strict=True):
-        if type(ours) is type(theirs):
-            skip = ("padding_mode=circular", "padding=(1, 1)")
-            assert repr(ours) == repr(theirs) or any(word in repr(theirs) for word in skip)
-
-
-def _leaves(model: nn.Module) -> list[nn.Module]:
-    kinds = (nn.Sequential, Of, torch.fx.GraphModule)
-    return [m for m in model.modules() if not list(m.children()) and not isinstance(m, kinds) and type(m) is not nn.Module]
+    for path, theirs in model.named_modules():
+        ours = dict(graph.named_modules()).get(path)
+        if ours is not None and not list(theirs.children()) and case != "circular":
+            assert repr(ours) == repr(theirs)
 
 
 RECURRENT: dict[str, Callable[[], nn.Module]] = {
@@ -316,13 +311,14 @@ def test_attention_keeps_its_names() -> None:
         return torch.randn(n, 5, 8), torch.randn(n, 4, 6), torch.randn(n, 4, 5)
 
     model = Attends()
-    graph = check(model, inputs(2), inputs(3))
+    # Without gradients nn.MultiheadAttention takes one fused kernel, which rounds otherwise.
+    graph = check(model, inputs(2), inputs(3), exact=False)
     assert set(graph.state_dict()) == set(model.state_dict())
     assert original_name(graph, "attention.in_proj.weight") == "attention.in_proj_weight"
-    _loads_both_ways(model, graph, inputs(2))
+    _loads_both_ways(model, graph, inputs(2), exact=False)
 
 
-def _loads_both_ways(model: nn.Module, graph: nn.Module, inputs: Any) -> None:
+def _loads_both_ways(model: nn.Module, graph: nn.Module, inputs: Any, *, exact: bool = True) -> None:
     torch.manual_seed(3)
     other = copy.deepcopy(model)
     for tensor in [*other.parameters(), *other.buffers()]:
@@ -333,10 +329,10 @@ def _loads_both_ways(model: nn.Module, graph: nn.Module, inputs: Any) -> None:
 
     keep_original_names(copied)
     assert not copied.load_state_dict(other.state_dict()).missing_keys
-    same(call(other, inputs), call(copied, inputs))
+    same(call(other, inputs), call(copied, inputs), exact=exact)
     again = copy.deepcopy(model)
     again.load_state_dict(copied.state_dict())
-    same(call(again, inputs), call(copied, inputs))
+    same(call(again, inputs), call(copied, inputs), exact=exact)
 
 
 def test_state_dicts_load_both_ways() -> None:

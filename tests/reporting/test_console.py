@@ -15,7 +15,36 @@ from fxcompress.reporting.model import Report
 def test_golden_text(report):
     assert_expected_inline(
         str(report),
-        """""",
+        """\
+ResNet  captured in 1.6 s, 71 nodes, relative error 0 at batch=2, 0 at batch=3
+  note: the input 'x' is left alone
+
+ pass                         time  changed  left   params     MACs   weights  activations    error
+ ──────────────────────────────────────────────────────────────────────────────────────────────────
+ captured                                          11.69 M   1.81 G  46.80 MB      6.42 MB
+ fuse_modules               213 ms        2     6  11.68 M        =  46.74 MB      4.01 MB  1.2e-06
+                                                    −0.04%              −0.1%       −37.5%  ≤ 1e-04
+ prune_channels(ratio=0.5)   1.6 s        1     0   3.06 M  487.0 M  12.24 MB      2.01 MB  3.1e-01
+                                                    −73.8%   −73.2%    −73.8%       −50.0%    lossy
+
+ in all                      1.8 s        3     6   3.06 M  487.0 M  12.24 MB      2.01 MB
+                                                    −73.8%   −73.2%    −73.8%       −68.8%
+
+  prune_channels: fine-tune to recover accuracy
+
+ left as it was   sites   reason                                        where
+ ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ shared_value         5   the convolution's output has another reader   head.bn, blocks.0.bn, blocks.1.bn and 2 more
+ tied_weight          1   the weight is also that of decoder.weight     stem.bn
+
+engine onnxruntime  12.35 MB, relative error 3.1e-07 ≤ 1e-04 (output 'logits') at x[2, 3, 224, 224]; x[3, 3, 224, 224]
+  /tmp/resnet18-engine
+
+ latency             batch     median        95%      engine is
+ ──────────────────────────────────────────────────────────────
+ onnxruntime             1    4.10 ms    4.90 ms
+ eager PyTorch           1   12.30 ms   15.00 ms   3.00× faster
+ torch.onnx.export       1    6.15 ms    7.00 ms   1.50× faster""",
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import fx
 
@@ -14,7 +14,7 @@ from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.passes.fusion.facts import Facts
 
-__all__ = ["Rule", "Site", "apply"]
+__all__ = ["Rule", "Site", "apply", "names_of"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Rule(ABC, Generic[SiteT]):
 
 
 def apply(
-    rule: Rule[SiteT], graph_module: fx.GraphModule, ignore: Sequence[str] = ()
+    rule: Rule[SiteT], graph_module: fx.GraphModule, ignore: Collection[str] = ()
 ) -> tuple[list[Rewrite], list[Skip]]:
     """Match ``rule`` once over the whole graph, then rewrite every site that nothing forbids.
 
@@ -73,10 +73,9 @@ def apply(
     return rewrites, skips
 
 
-def _refuse(facts: Facts, site: Site, ignore: Sequence[str]) -> Skip | None:
+def _refuse(facts: Facts, site: Site, ignore: Collection[str]) -> Skip | None:
     if ignore:
-        names = {site.name, *(node.name for node in site.nodes)}
-        names |= {str(node.target) for node in site.nodes if node.op in ("call_module", "get_attr")}
+        names = {name for node in site.nodes for name in names_of(node)} | {site.name}
         for pattern in ignore:
             if fnmatch.filter(names, pattern):
                 return Skip(site.name, "ignored", f"It matches the pattern {pattern!r} of ignore.")
@@ -85,3 +84,16 @@ def _refuse(facts: Facts, site: Site, ignore: Sequence[str]) -> Skip | None:
         reason = "A layer in training mode updates or uses what the rewrite would freeze; call eval() first."
         return Skip(site.name, "training", reason, tuple(training))
     return None
+
+
+def names_of(node: fx.Node) -> Iterator[str]:
+    """What a pattern may call a node: its own name, and the paths of its layer and of the modules around that."""
+    yield node.name
+    stack: Any = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]).split("@")[0] for entry in stack.values()]
+    if node.op in ("call_module", "get_attr"):
+        paths.append(str(node.target))
+    for path in paths:
+        while path:
+            yield path
+            path = path.rpartition(".")[0]

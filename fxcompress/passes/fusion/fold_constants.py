@@ -140,17 +140,16 @@ def _origins(facts: Facts, constant: set[fx.Node]) -> dict[fx.Node, Origin]:
                     learned,
                     learned and tensor.requires_grad,
                     learned or path in persistent,
-                    path if learned and _read_as_is(facts, tensor, constant) else None,
+                    path if learned and _read_as_is(facts, path, constant) else None,
                 )
             origins[node] = origin
     return origins
 
 
-def _read_as_is(facts: Facts, tensor: torch.Tensor, constant: set[fx.Node]) -> bool:
-    readers = [reader for _, reader in facts.readers(tensor)]
+def _read_as_is(facts: Facts, path: str, constant: set[fx.Node]) -> bool:
     return any(
         reader not in constant or (reader.op == "get_attr" and not constant.issuperset(reader.users))
-        for reader in readers
+        for reader in facts.readers(path)
     )
 
 

@@ -113,6 +113,6 @@ def _vacant(facts: Facts, path: str, node: fx.Node) -> bool:
             return False
     for store in (container.named_parameters(path), container.named_buffers(path)):
         for name, _ in store:
-            if any(set(reader.users) != {node} for reader in facts.reads.get(name, ())):
+            if any(set(reader.users) != {node} for reader in facts.readers(name)):
                 return False
     return True
