@@ -39,7 +39,7 @@ console = Console(markup=False, highlight=False)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every candidate")
-    parser.add_argument("--repetitions", type=int, default=100, help="calls measured of each candidate")
+    parser.add_argument("--repetitions", type=int, default=50, help="calls measured of each candidate")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not clear(OUTPUT):
@@ -64,7 +64,7 @@ def main() -> int:
         plain = Path(directory) / "plain.onnx"
         export_plainly(model, photos[:2], plain)
         sizes(checkpoint, plain, engine)
-        latency(model, plain, engine, photos[:1], arguments.threads, arguments.repetitions)
+        latency(model, compiled, plain, photos[:1], arguments.threads, arguments.repetitions)
     same = answers(model, engine, photos, labels)
     console.print(f"The engine is in {engine.path}: fxcompress.load_engine({str(OUTPUT)!r}) runs it.", soft_wrap=True)
     return 0 if same else 1
@@ -138,27 +138,29 @@ def sizes(checkpoint: Path, plain: Path, engine: Engine) -> None:
     console.print(table)
 
 
-def latency(model: nn.Module, plain: Path, engine: Engine, photo: Tensor, threads: int, count: int) -> None:
+def latency(model: nn.Module, compiled: fxc.Compiled, plain: Path, photo: Tensor, threads: int, count: int) -> None:
     """Milliseconds per photo, measured in turns so that a noisy machine is noisy to all of them alike."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    result = engine.benchmark(
+    assert compiled.engine is not None
+    result = compiled.engine.benchmark(
         (photo,),
         against={
-            "plain torch.onnx.export": lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]),
+            "plain export in ONNX Runtime": lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]),
+            "compiled graph in PyTorch": compiled,
             "eager PyTorch": model,
         },
         repetitions=count,
     )
-    table = house_table(f"one photo, {threads} thread{'s' * (threads != 1)}", "median", "95%", "the engine is")
+    table = house_table(f"one photo, {threads} thread{'s' * (threads != 1)}", "median", "95%", "ratio (95% interval)")
     for index, timing in enumerate(result.timings):
-        low, high = timing.ratio_low, timing.ratio_high
-        told = f"{timing.ratio:.2f}× faster ({low:.2f} to {high:.2f})" if index else ""
+        ratio = f"{timing.ratio:.2f} ({timing.ratio_low:.2f} to {timing.ratio_high:.2f})" if index else "1"
         name = timing.name if index else "fxcompress engine"
-        table.add_row(name, f"{timing.median_ms:.2f} ms", f"{timing.p95_ms:.2f} ms", told)
+        table.add_row(name, f"{timing.median_ms:.2f} ms", f"{timing.p95_ms:.2f} ms", ratio)
     console.print(table)
+    console.print("ONNX Runtime folds batch norms of its own accord, so the two engines are expected to be as fast.\n")
 
 
 def answers(model: nn.Module, engine: Engine, photos: Tensor, labels: Tensor) -> bool:

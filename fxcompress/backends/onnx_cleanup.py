@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from torch import fx
 
-__all__ = ["clean_up"]
+__all__ = ["clean_up", "resolve_casts"]
 
 
 def clean_up(
@@ -37,6 +38,8 @@ def clean_up(
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "CastLike":
             _cast_like(node)
+        elif node.op_type == "Split" and len(node.inputs) == 2:
+            node.attributes.pop("num_outputs", None)
         node.name = _node_name(node, taken)
         node.metadata_props.clear()
     for value in _values(model.graph):
@@ -61,10 +64,27 @@ def _cast_like(node: ir.Node) -> None:
         node.attributes["to"] = ir.AttrInt64("to", int(like.dtype))
 
 
+def resolve_casts(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make a ``Cast`` of each ``CastLike`` whose type only ONNX itself can tell."""
+    if not any(node.op_type == "CastLike" for node in model.graph.node):
+        return model
+    model = onnx.shape_inference.infer_shapes(model)
+    graph = model.graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
+    kinds |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "CastLike" and kinds.get(node.input[1]):
+            node.op_type = "Cast"
+            node.attribute.append(onnx.helper.make_attribute("to", kinds[node.input.pop()]))
+    return model
+
+
 def _node_name(node: ir.Node, taken: dict[str, int]) -> str:
     origin = node.meta.get("node")
     stack = (origin.meta.get("nn_module_stack") or {}) if isinstance(origin, fx.Node) else {}
     scope = str(next(reversed(stack.values()), ("", None))[0]).partition("@")[0] if stack else ""
+    if scope.startswith("_empty_nn_module_stack"):  # torch's word for a node outside of modules
+        scope = ""
     name = f"{scope}/{node.op_type}" if scope else node.op_type
     count = taken.get(name, 0)
     taken[name] = count + 1

@@ -155,13 +155,26 @@ def _reshape(lowering: Lowering, a: dict[str, Any]) -> Any:
     return lowering.emit(aten.reshape.default, (a["self"], sizes), value=after)
 
 
-def _chunk(lowering: Lowering, a: dict[str, Any]) -> Any:
+def _split(lowering: Lowering, a: dict[str, Any]) -> Any:
     if lowering.value is None:
         return NotImplemented
     sizes = [part.shape[a["dim"]] for part in lowering.value]
+    if len(sizes) == 1:
+        return (a["self"],)
     if any(isinstance(size, torch.SymInt) for size in sizes):
-        return NotImplemented
+        return _slices(lowering, a)
     return lowering.emit(aten.split_with_sizes.default, (a["self"], sizes, a["dim"]), value=lowering.value)
+
+
+def _slices(lowering: Lowering, a: dict[str, Any]) -> Any:
+    """A split whose sizes depend on the batch, where the steps are known."""
+    step = a.get("split_size")
+    if not isinstance(step, int):
+        return NotImplemented
+    return tuple(
+        lowering.emit(aten.slice.Tensor, (a["self"], a["dim"], index * step, (index + 1) * step), value=part)
+        for index, part in enumerate(lowering.value)
+    )
 
 
 def _unbind(lowering: Lowering, a: dict[str, Any]) -> Any:
@@ -240,7 +253,12 @@ _RULES: dict[Any, Rule] = {
     aten.flatten.using_ints: _reshape,
     aten.unflatten.int: _reshape,
     aten.ravel.default: _reshape,
-    aten.chunk.default: _chunk,
+    aten.chunk.default: _split,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.unsafe_chunk.default: _split,
+    aten.unsafe_split.Tensor: _split,
+    aten.unsafe_split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
     aten.mean.dim: _mean,
     aten.batch_norm.default: _batch_norm,

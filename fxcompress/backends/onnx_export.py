@@ -25,7 +25,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from fxcompress.backends.onnx_cleanup import clean_up
+from fxcompress.backends.onnx_cleanup import clean_up, resolve_casts
 from fxcompress.backends.onnx_decompose import OnnxReadyProgram
 from fxcompress.backends.onnx_translate import translation_table
 from fxcompress.backends.onnx_weights import fold_weights, strip_weights, write_model
@@ -99,7 +99,7 @@ def write_onnx(
     names = [spec.name for spec in inputs], [spec.name for spec in outputs]
     clean_up(exported, *names, info(graph_module).dim_names)
     weights = strip_weights(exported)
-    model = ir.to_proto(exported)
+    model = resolve_casts(ir.to_proto(exported))
     _forget_sizes(model.graph.output)
     if simplify:
         tell("simplify ONNX")
@@ -137,7 +137,7 @@ def _renamed(specs: Sequence[TensorSpec], names: Sequence[str] | None, what: str
 def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, list[str]]:
     program = OnnxReadyProgram.of(graph_module)
     try:
-        return _translate(program, opset, translation_table(onnxscript.opset18)), []
+        return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0)), []
     except torch.onnx.errors.OnnxExporterError as error:
         first = error
     # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.

@@ -2,6 +2,7 @@
 
 * attention: torch's takes shapes apart at run time to transpose the keys; here it is one ``Transpose`` per ``MatMul``;
 * convolution without bias: torch's computes a bias of zeros;
+* splitting: torch's makes an ONNX sequence;
 * batch norm and adaptive pooling: torch has none and decomposes them; engines look for ``BatchNormalization`` and
   ``GlobalAveragePool``.
 """
@@ -19,11 +20,12 @@ __all__ = ["translation_table"]
 aten = torch.ops.aten
 
 
-def translation_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table(op: Any, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(custom_translation_table=)``.
 
     Args:
         op: the ONNX opset to write with, ``onnxscript.opset18``.
+        opset: of the file; some operations are new in a later one.
     """
 
     def batch_norm(
@@ -83,11 +85,18 @@ def translation_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
             return transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
         return convolution(input, weight, bias, stride, padding, dilation, groups)
 
+    def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+        return _rms_norm(op, input, len(normalized_shape), weight, eps)
+
     def adaptive_avg_pool(self: Any, output_size: Any) -> Any:
         if all(size == 1 for size in output_size):
             return op.GlobalAveragePool(self)
         factors = [int(size) // want for size, want in zip(self.shape[2:], output_size, strict=True)]
         return op.AveragePool(self, kernel_shape=factors, strides=factors)
+
+    def split(self: Any, split_sizes: Any, dim: int = 0) -> Any:
+        # `num_outputs` tells the exporter; ONNX takes it or the sizes, and `onnx_cleanup` leaves the sizes.
+        return op.Split(self, op.Constant(value_ints=split_sizes), axis=dim, num_outputs=len(split_sizes))
 
     def attention(
         query: Any,
@@ -102,7 +111,7 @@ def translation_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Any:
         return _attention(op, query, key, value, attn_mask, is_causal, scale, enable_gqa)
 
-    return {
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
         aten.conv1d.default: convolution,
         aten.conv2d.default: convolution,
         aten.conv3d.default: convolution,
@@ -114,8 +123,12 @@ def translation_table(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
         aten.adaptive_avg_pool1d.default: adaptive_avg_pool,
         aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
         aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
+        aten.split_with_sizes.default: split,
         aten.scaled_dot_product_attention.default: attention,
     }
+    if opset < _OWN_RMS_NORM:
+        table[aten.rms_norm.default] = rms_norm
+    return table
 
 
 def _steps(weight: Any, **values: Any) -> dict[str, list[int]]:
@@ -136,6 +149,18 @@ def _filled(op: Any, number: float, like: Any) -> Any:
     return op.CastLike(op.Constant(value_floats=[number] * int(like.shape[0])), like)
 
 
+def _rms_norm(op: Any, input: Any, dims: int, weight: Any, eps: float | None) -> Any:
+    """x / sqrt(mean(x²) + ε) · w; of a 16-bit x in 32 bits, as PyTorch computes it."""
+    kind = int(input.dtype)
+    narrow = kind in _NARROW
+    eps = torch.finfo(_NARROW.get(kind, torch.float32)).eps if eps is None else eps
+    x = op.Cast(input, to=_FLOAT) if narrow else input
+    mean = op.ReduceMean(op.Mul(x, x), op.Constant(value_ints=list(range(-dims, 0))), keepdims=1)
+    result = op.Div(x, op.Sqrt(op.Add(mean, eps)))
+    result = op.Cast(result, to=kind) if narrow else result
+    return result if weight is None else op.Mul(result, weight)
+
+
 def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: Any, grouped: bool) -> Any:
     """softmax(s·Q Kᵀ + M) V, with Q scaled first so that 16-bit products stay in range.
 
@@ -151,29 +176,30 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
     if scale is None:
         scale = op.Reciprocal(op.Sqrt(op.CastLike(op.Shape(query, start=rank - 1), query)))
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    scores = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=swapped[: len(key.shape)]))
-    lowest = _LOWEST[_bits(query)]
-    if causal:
-        mask = _lower_triangle(op, query, key, lowest)
-    picks = mask is not None and int(mask.dtype) == _BOOL and not causal
+    scores = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=swapped))
+    lowest = _lowest(int(query.dtype))
+    picks = mask is not None and int(mask.dtype) == _BOOL
     if picks:
         scores = op.Where(mask, scores, lowest)
     elif mask is not None:
-        scores = op.Add(scores, mask if causal else op.Max(mask, lowest))  # rows of -inf alone would turn into NaN
+        scores = op.Add(scores, op.Max(mask, lowest))  # rows of -inf alone would turn into NaN
+    elif causal:
+        scores = op.Add(scores, _lower_triangle(op, query, key, lowest))
     weights = op.Softmax(scores, axis=-1)
     if picks:
         weights = op.Where(mask, weights, 0.0)
     return op.MatMul(weights, value)
 
 
-_BOOL = 9  # onnx.TensorProto.BOOL
-_HALF = (10,)  # onnx.TensorProto.FLOAT16
-# Half of the least number: a score can be added to it.
-_LOWEST = {16: torch.finfo(torch.float16).min / 2, 32: torch.finfo(torch.bfloat16).min / 2}
+# Numbers of onnx.TensorProto.DataType.
+_FLOAT, _BOOL, _HALF, _BFLOAT = 1, 9, 10, 16
+_NARROW = {_HALF: torch.float16, _BFLOAT: torch.bfloat16}
+_OWN_RMS_NORM = 23  # the opset since which ONNX has the operation
 
 
-def _bits(value: Any) -> int:
-    return 16 if int(value.dtype) in _HALF else 32
+def _lowest(kind: int) -> float:
+    """Half of the least number: a score can be added to it. That of bfloat16 does for all wide types."""
+    return torch.finfo(torch.float16 if kind == _HALF else torch.bfloat16).min / 2
 
 
 def _lower_triangle(op: Any, query: Any, key: Any, lowest: float) -> Any:

@@ -6,7 +6,7 @@ tenth of a second. So weights stay the tensors that the model has, and reach the
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,39 +44,72 @@ def strip_weights(model: ir.Model) -> Weights:
 def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     """Compute what depends on weights and constants alone: the transpose of a weight, its gates in another order.
 
-    A weight that has other users stays as it is, or it would be stored twice.
+    A weight that something else reads too (an embedding that is also the last layer) stays as it is, or it would be
+    stored twice. ``Constant`` nodes become initializers.
     """
-    uses = Counter(name for node in graph.node for name in set(node.input))
-    uses.update(output.name for output in graph.output)
+    _lift_constants(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    kept = []
+    known = constants.keys() | weights.keys()
+    fixed, free = [], set()  # nodes that can be computed now; names that other nodes read
     for node in graph.node:
-        names = [name for name in node.input if name]
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            constants[node.output[0]] = node.attribute[0].t
-        held = [name for name in names if name in weights]
-        known = bool(held) and all(name in weights or name in constants for name in names)
-        if not known or node.op_type in _KEPT or node.domain or any(uses[name] > 1 for name in held):
-            kept.append(node)
-            continue
-        results = _compute(node, weights, constants)
-        if results is None:
-            kept.append(node)
+        if _is_computable(node) and known.issuperset(filter(None, node.input)):
+            fixed.append(node)
+            known.update(node.output)
         else:
-            weights.update(zip(node.output, results, strict=True))
-    if len(kept) < len(graph.node):
+            free.update(node.input)
+    free.update(output.name for output in graph.output)
+    gone = set()
+    for node in fixed:
+        given = [name for name in node.input if name]
+        if any(name in weights for name in given) and not free.intersection(given):
+            results = _compute(node, weights, constants)
+            if results is not None:
+                weights.update(zip(node.output, results, strict=True))
+                gone.add(id(node))
+                continue
+        free.update(node.input)
+    if gone:
+        kept = [node for node in graph.node if id(node) not in gone]
         del graph.node[:]
         graph.node.extend(kept)
-        _declare(graph, weights)
+    _declare(graph, weights)
 
 
-def _compute(node: onnx.NodeProto, weights: Weights, constants: dict[str, onnx.TensorProto]) -> list[torch.Tensor] | None:
+def _is_computable(node: onnx.NodeProto) -> bool:
+    return not node.domain and node.op_type not in _KEPT and not any(a.HasField("g") for a in node.attribute)
+
+
+def _lift_constants(graph: onnx.GraphProto) -> None:
+    kept = []
+    for node in graph.node:
+        tensor = _constant(node) if node.op_type == "Constant" and not node.domain else None
+        if tensor is None:
+            kept.append(node)
+        else:
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    (attribute,) = node.attribute
+    if attribute.name == "value":
+        return attribute.t
+    kinds = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+    if attribute.name not in kinds:
+        return None
+    value = onnx.helper.get_attribute_value(attribute)
+    return numpy_helper.from_array(np.array(value, dtype=kinds[attribute.name]))
+
+
+def _compute(
+    node: onnx.NodeProto, weights: Weights, constants: dict[str, onnx.TensorProto]
+) -> list[torch.Tensor] | None:
     if node.op_type == "Transpose":
         value = weights[node.input[0]]
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(value.dim()))))
         return [value.permute(order)]  # copied when it is written, not before
-    if any(attribute.HasField("g") for attribute in node.attribute):
-        return None
     if any(weights[name].dtype in _NOT_IN_NUMPY for name in node.input if name in weights):
         return None
     feeds = {
@@ -98,8 +131,8 @@ _NOT_IN_NUMPY = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
-    """Make graph inputs of the weights that the nodes read, and of no others."""
-    read = {name for node in graph.node for name in node.input}
+    """Make graph inputs of the weights that the nodes read, and of no others; drop constants that nobody reads."""
+    read = {name for node in _all_nodes(graph) for name in node.input} | {output.name for output in graph.output}
     inputs = [value for value in graph.input if value.name not in weights]
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     for name in [name for name in weights if name not in read]:
@@ -109,14 +142,25 @@ def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
         inputs.append(onnx.helper.make_tensor_value_info(name, kind, list(tensor.shape)))
     del graph.input[:]
     graph.input.extend(inputs)
+    small = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(small)
     shapes = [value for value in graph.value_info if value.name not in weights]
     del graph.value_info[:]
     graph.value_info.extend(shapes)
 
 
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _all_nodes(inner)
+
+
 def restore_weights(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
     """Turn the graph inputs that stand for weights into initializers without data; gives those that are in use."""
-    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    read = {name for node in _all_nodes(graph) for name in node.input} | {output.name for output in graph.output}
     inputs, tensors = [], {}
     for value in graph.input:
         if value.name not in weights:

@@ -13,8 +13,12 @@ from fxcompress.capture.inputs import argument_names, example_inputs, in_call_or
 from fxcompress.capture.raising import raise_graph
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.info import GraphInfo
+from fxcompress.graph.shapes import settle_sizes
 
 __all__ = ["capture", "check_model"]
+
+# Layers that do something else in training.
+_BEHAVES_OTHERWISE = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.RReLU)
 
 
 def capture(
@@ -40,7 +44,9 @@ def capture(
         CaptureError: the model has no functional graph; says which line is in the way.
     """
     if isinstance(model, ExportedProgram):
-        return raise_graph(flatten_program(model), None)
+        graph_module = raise_graph(flatten_program(model), None)
+        settle_sizes(graph_module)
+        return graph_module
     check_model(model)
     if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxcompress"), GraphInfo):
         from fxcompress.graph.edit import copy_graph
@@ -56,7 +62,9 @@ def capture(
     program = export_program(model, inputs, marks, dynamic_shapes)
     flat = flatten_program(program, tuple(names))
     flat.dim_names = name_dims(flat.graph, marks)
-    return raise_graph(flat, model)
+    graph_module = raise_graph(flat, model)
+    settle_sizes(graph_module)
+    return graph_module
 
 
 def check_model(model: object) -> None:
@@ -74,17 +82,25 @@ def check_model(model: object) -> None:
         raise PreconditionError(
             "the model is TorchScript, which has no FX graph", remedy="hand in the nn.Module it was scripted from"
         )
-    if not isinstance(model, fx.GraphModule):
-        training = [name or "the model itself" for name, module in model.named_modules() if module.training]
-        if training:
-            raise PreconditionError(
-                f"the model is in training mode ({', '.join(training[:3])}{' …' if len(training) > 3 else ''})",
-                remedy="call model.eval() first; the compiled module trains after compiled.module.train()",
-            )
-    for name, tensor in model.named_parameters():
+    # Of a traced module only the layers count: an exported one says it trains, and cannot be told otherwise.
+    counts = _BEHAVES_OTHERWISE if isinstance(model, fx.GraphModule) else nn.Module
+    modules = dict(model.named_modules())
+    training = [name or "the model itself" for name, m in modules.items() if m.training and isinstance(m, counts)]
+    if training:
+        raise PreconditionError(
+            f"the model is in training mode ({', '.join(training[:3])}{' …' if len(training) > 3 else ''})",
+            remedy="call model.eval() first; the compiled module trains after compiled.module.train()",
+        )
+    statistics = [
+        (f"{name}.{own}".lstrip("."), buffer)
+        for name, module in modules.items()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for own, buffer in module.named_buffers(recurse=False)
+    ]
+    for name, tensor in [*model.named_parameters(), *statistics]:
         if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
             raise PreconditionError(
-                f"the parameter {name!r} holds NaN or infinite values",
+                f"{name!r} holds NaN or infinite values",
                 where=name,
                 remedy="load a sound checkpoint; fxcompress will not compress a broken model",
             )

@@ -97,7 +97,7 @@ class _DataIsDetached(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is _GET_DATA:
+        if func == _GET_DATA:
             return args[0].detach()
         return func(*args, **(kwargs or {}))
 

@@ -29,13 +29,15 @@ _CHECKS = {
     "aten.sym_constrain_range",
     "aten.sym_constrain_range_for_size",
 }
-# Operations that behave otherwise in training, and the argument that says so.
-_TRAINING = {
-    aten.dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.feature_alpha_dropout.default: 2,
+# (input, probability, train)
+_DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
 }
+# (input, state, weights, biases, layers, probability, train, …)
+_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
 
 @dataclass
@@ -105,6 +107,8 @@ def flatten_program(program: ExportedProgram, parameter_names: tuple[str, ...] |
                 f"the model takes a {spec.kind.name.lower()} input, which has no graph form", where=where(node)
             )
         new.meta = {"val": node.meta.get("val")}
+    for node in program.graph.nodes:
+        _check_training(node, parameter_names is None)
     _copy_body(program.graph_module, functional, refuse_training=parameter_names is None)
     graph.output(_outputs(program, functional)).meta = {}
     notes = [
@@ -206,8 +210,10 @@ def _inline(module: fx.GraphModule, node: fx.Node, functional: Functionalizer, *
 def _check_training(node: fx.Node, refuse: bool) -> None:
     if node.target is aten.batch_norm.default and node.args[5] and node.args[3] is not None:
         what = "a batch norm normalises by the statistics of the batch"
-    elif refuse and node.target in _TRAINING and node.args[_TRAINING[node.target]]:
+    elif refuse and node.target in _DROPOUTS and node.args[1] and node.args[2]:
         what = "a dropout drops"
+    elif refuse and node.target in _RECURRENT and node.args[5] and node.args[6]:
+        what = "a recurrent layer drops"
     else:
         return
     raise CaptureError(

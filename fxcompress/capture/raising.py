@@ -17,11 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.capture.flatten import Flat
 from fxcompress.capture.layers import RULES, Layer
-from fxcompress.errors import CaptureError
+from fxcompress.errors import CaptureError, PreconditionError
 from fxcompress.graph.edit import drop_unused_state
 from fxcompress.graph.info import GraphInfo, assemble, tensors_of
+from fxcompress.graph.serialize_layers import build_layer, layer_config
+from fxcompress.graph.shapes import where
 
 __all__ = ["call_arguments", "raise_graph"]
+
+# Layers whose input has the dtype of their weight.
+_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase)
 
 
 def call_arguments(node: fx.Node) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
     """
     namer = _Namer(flat, model)
     weights = _Weights(flat)
-    modules: dict[str, nn.Module] = {}
+    modules = {path: weights.layer(theirs) for path, theirs in flat.layers.items()}
     known: dict[tuple[Any, ...], str] = {}
     original_names: dict[str, str] = {}
     for node in list(flat.graph.nodes):
@@ -52,6 +57,7 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
         layer = rule(call_arguments(node)) if rule and _is_parameterised(node, flat) else None
         if layer is None:
             continue
+        _check_dtypes(node, layer)
         key = (layer.key, tuple((own, str(n.target)) for own, n in sorted(layer.tensors.items())), namer.scope(node))
         path = known.get(key)
         if path is None:
@@ -61,6 +67,21 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
         _replace(flat.graph, node, layer, path)
     flat.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return _assemble(flat, modules, weights, original_names)
+
+
+def _check_dtypes(node: fx.Node, layer: Layer) -> None:
+    """Fake tensors let products of different dtypes pass; the model itself does not."""
+    if not isinstance(layer.module, _PRODUCTS):
+        return
+    weight = next(iter(layer.tensors.values())).meta["val"]
+    for item in layer.inputs:
+        value = item.meta.get("val") if isinstance(item, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.dtype != weight.dtype:
+            raise PreconditionError(
+                f"the model does not take these example inputs: a layer of {weight.dtype} is given {value.dtype}",
+                where=where(node),
+                remedy="give inputs of the dtypes that the model takes",
+            )
 
 
 def _is_parameterised(node: fx.Node, flat: Flat) -> bool:
@@ -79,20 +100,47 @@ def _is_parameterised(node: fx.Node, flat: Flat) -> bool:
 
 
 class _Weights:
-    """The graph's own parameters: new objects that share memory with the user's, one per user's tensor."""
+    """The graph's own parameters: new objects that share memory with the user's, one per user's tensor.
+
+    Only the statistics of norms are copies: a forward pass in training writes into them.
+    """
 
     def __init__(self, flat: Flat) -> None:
         self._flat = flat
         self._made: dict[int, torch.Tensor] = {}
 
+    def theirs(self, name: str) -> torch.Tensor:
+        """The user's tensor."""
+        return self._flat.tensors[name]
+
     def get(self, name: str) -> torch.Tensor:
-        theirs = self._flat.tensors[name]
+        """The graph's tensor for the user's of this name."""
+        return self.of(self.theirs(name))
+
+    def of(self, theirs: torch.Tensor) -> torch.Tensor:
+        """The graph's tensor for one of the user's."""
         if id(theirs) not in self._made:
             if isinstance(theirs, nn.Parameter):
                 self._made[id(theirs)] = nn.Parameter(theirs.detach(), requires_grad=theirs.requires_grad)
             else:
                 self._made[id(theirs)] = theirs.detach()
         return self._made[id(theirs)]
+
+    def own(self, theirs: torch.Tensor) -> torch.Tensor:
+        """A copy of a buffer, one per user's tensor."""
+        if id(theirs) not in self._made:
+            self._made[id(theirs)] = theirs.detach().clone()
+        return self._made[id(theirs)]
+
+    def layer(self, theirs: nn.Module) -> nn.Module:
+        """The graph's own layer like one of the user's."""
+        config = layer_config(theirs, type(theirs).__name__)
+        made = build_layer(config, type(theirs).__name__)
+        for name, parameter in theirs.named_parameters(recurse=False):
+            setattr(made, name, self.of(parameter))
+        for name, buffer in theirs.named_buffers(recurse=False):
+            made._buffers[name] = self.own(buffer)
+        return made
 
 
 class _Namer:
@@ -156,10 +204,10 @@ def _fill(layer: Layer, path: str, weights: _Weights, namer: _Namer, original_na
     if isinstance(module, nn.modules.batchnorm._NormBase):
         counted = namer.state.get(f"{path}.num_batches_tracked")
         if module.track_running_stats:
-            first = weights.get(str(next(iter(layer.tensors.values())).target))
-            module.num_batches_tracked = (
-                counted.detach() if counted is not None else torch.zeros((), dtype=torch.long, device=first.device)
-            )
+            mean = weights.own(weights.theirs(str(layer.tensors["running_mean"].target)))
+            weights.own(weights.theirs(str(layer.tensors["running_var"].target)))
+            zero = torch.zeros((), dtype=torch.long, device=mean.device)
+            module.num_batches_tracked = zero if counted is None else weights.own(counted)
         if isinstance(theirs, nn.modules.batchnorm._NormBase):
             module.momentum = theirs.momentum  # momentum=None reaches the exported call as 0.0
     for own, held in layer.tensors.items():
@@ -226,10 +274,11 @@ def _assemble(
         flat.parameter_names,
         flat.in_spec,
         flat.out_spec,
-        _fake_mode(flat.graph),
+        _fake_mode(flat),
         dim_names=flat.dim_names,
         original_names=original_names,
         notes=flat.notes,
+        has_shapes=flat.has_shapes,
     )
     graph_module = assemble(root, flat.graph, facts)
     drop_unused_state(graph_module)
@@ -249,8 +298,10 @@ def _put(root: nn.Module, path: str, register: Callable[[nn.Module, str], None])
         register(owner, name)
 
 
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    for node in graph.nodes:
+def _fake_mode(flat: Flat) -> FakeTensorMode:
+    if not flat.has_shapes:
+        return FakeTensorMode()
+    for node in flat.graph.nodes:
         for value in tensors_of(node.meta.get("val")):
             mode = getattr(value, "fake_mode", None)
             if isinstance(mode, FakeTensorMode):

@@ -15,7 +15,7 @@ changed, and the graph is linted and recompiled. All of it once, whatever the nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +44,7 @@ class GraphEditor:
         self.graph = graph_module.graph
         self._touched = False
         self._reshaped: set[fx.Node] = set()
+        self._known: set[fx.Node] = set()
         self._rewritten: set[str] = set()  # paths of layers and tensors that were put in the place of others
 
     def __enter__(self) -> GraphEditor:
@@ -142,6 +143,13 @@ class GraphEditor:
         self._reshaped.add(node)
         self._touched = True
 
+    def set_values(self, values: Mapping[fx.Node, Any]) -> None:
+        """Say what nodes produce where the pass knows it, so that it need not be inferred node by node."""
+        for node, value in values.items():
+            node.meta["val"] = value
+        self._known.update(values)
+        self._touched = True
+
     def retarget(self, node: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> None:
         """Let ``node`` call another operation; its shape is propagated again when the block is left."""
         node.target = target
@@ -192,9 +200,10 @@ class GraphEditor:
                 self._reshaped.discard(node)
                 self.graph.erase_node(node)
         drop_unused_state(graph_module)
-        shapes.propagate(graph_module, self._reshaped | self._readers())
+        shapes.propagate(graph_module, (self._reshaped | self._readers()) - self._known)
         self._reshaped.clear()
         self._rewritten.clear()
+        self._known.clear()
         self._touched = False
         try:
             self.graph.lint()

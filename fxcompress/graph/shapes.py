@@ -26,6 +26,7 @@ __all__ = [
     "propagate",
     "require_shapes",
     "same_value",
+    "settle_sizes",
     "source_frame",
     "source_line",
     "where",
@@ -150,6 +151,29 @@ def propagate(graph_module: fx.GraphModule, dirty: Iterable[fx.Node] | None = No
         node.meta["val"] = infer(graph_module, node)
         if not same_value(before, node.meta["val"]):
             changed.add(node)
+
+
+def settle_sizes(graph_module: fx.GraphModule) -> None:
+    """Where the model turned out to fix a size that was asked to be dynamic, make it the number that it is."""
+    mode = info(graph_module).fake_mode
+    settled = False
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(map(_is_settled, value.shape)):
+            shape, stride = ([_settled(size) for size in sizes] for sizes in (value.shape, value.stride()))
+            with mode:
+                node.meta["val"] = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            settled = True
+    if settled:
+        propagate(graph_module)
+
+
+def _is_settled(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.is_number)
+
+
+def _settled(size: Any) -> Any:
+    return int(size.node.expr) if _is_settled(size) else size
 
 
 def same_value(left: Any, right: Any) -> bool:

@@ -39,9 +39,9 @@ def trace(
     table: Any = dict(decompositions or {})
     with mode, torch.no_grad(), no_guards(mode):
         recorded = make_fx(function, table, tracing_mode="symbolic", pre_dispatch=whole)(*values)
-        if whole and _first_write(recorded) is None:
+        if _first_write(recorded) is None:
             return recorded
-        recorded = make_fx(torch.func.functionalize(function), table, tracing_mode="symbolic")(*values)
+        recorded = make_fx(torch.func.functionalize(recorded), table, tracing_mode="symbolic")(*values)
     write = _first_write(recorded)
     if write is not None:
         raise GraphError(f"{write} writes into its argument; graphs are functional")

@@ -75,8 +75,9 @@ class FuseModules(Pass):
             value = getattr(self, option)
             if isinstance(value, str):
                 object.__setattr__(self, option, (value,))
-            elif value is not None:
+            elif isinstance(value, list):
                 object.__setattr__(self, option, tuple(value))
+        super().__post_init__()
         for rule in self.rules or ():
             if rule not in _NAMES:
                 raise OptionError(f"fuse_modules has no rule {rule!r}", where="rules", remedy=nearest(rule, _NAMES))

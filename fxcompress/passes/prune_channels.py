@@ -15,6 +15,7 @@ from fxcompress.analysis.dependency.build import build
 from fxcompress.analysis.dependency.builder import Builder
 from fxcompress.analysis.dependency.groups import Group, find_groups, importance
 from fxcompress.analysis.dependency.labels import Solution
+from fxcompress.analysis.dependency.layout import blocks
 from fxcompress.analysis.dependency.removal import Removal
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
@@ -23,6 +24,7 @@ from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewr
 from fxcompress.passes.pruning.importance import score_of
 from fxcompress.passes.pruning.resize import resize_constants
 from fxcompress.passes.pruning.shrink import shrink_weights
+from fxcompress.passes.pruning.values import values_after
 
 __all__ = ["PruneChannels"]
 
@@ -68,7 +70,7 @@ class PruneChannels(Pass):
             return PassResult(graph_module, (), tuple(skipped))
         weights = {path: _tensor(graph_module, path) for path in builder.weights}
         scores = importance(builder, solution, weights, score_of(self.importance, self.seed))
-        classes = self._select(chosen, scores)
+        classes = _leave_one(builder, solution, self._select(chosen, scores), scores)
         if not classes.size:
             skipped.append(Skip("all", "nothing_to_prune", "every group is at its least width already"))
             return PassResult(graph_module, (), tuple(skipped))
@@ -76,6 +78,7 @@ class PruneChannels(Pass):
         with GraphEditor(graph_module) as editor:
             resize_constants(graph_module, removal, editor)
             kept = shrink_weights(graph_module, removal, editor)
+            editor.set_values(values_after(graph_module, removal))
         rewrites = []
         gone = set(classes.tolist())
         for group in chosen:
@@ -152,6 +155,26 @@ def _plan(graph_module: fx.GraphModule) -> tuple[Builder, Solution]:
         builder = build(graph_module, choices)
         solution = builder.labels.solve()
     return builder, solution
+
+
+def _leave_one(
+    builder: Builder, solution: Solution, classes: NDArray[np.int64], scores: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Take back the best of the removed wherever a dimension (a piece of a split, say) would lose all it has."""
+    gone = np.zeros(len(solution.class_of), dtype=bool)
+    gone[classes] = True
+    seen: set[int] = set()
+    layouts = [*builder.weights.values(), *(builder.dims_of(node) for node in builder.values)]
+    for layout in layouts:
+        for dim in layout:
+            for block in blocks(dim):
+                if id(block) in seen:
+                    continue
+                seen.add(id(block))
+                own = solution.class_of[block.labels.reshape(-1)]
+                if own.size and gone[own].all():
+                    gone[own[np.argmax(scores[own])]] = False
+    return np.flatnonzero(gone)
 
 
 def _tensor(graph_module: fx.GraphModule, path: str) -> torch.Tensor:

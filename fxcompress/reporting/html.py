@@ -114,8 +114,12 @@ def _latency(report: Report) -> list[dict[str, Any]]:
 def _layers(report: Report) -> list[dict[str, Any]]:
     counted = [item for item in report.layers if item.macs or item.parameters]
     counted.sort(key=lambda item: (-(item.macs or 0), -item.parameters))
-    macs = sum(item.macs or 0 for item in report.layers)
-    return [{"told": item, "percent": _percent(item.macs, macs)} for item in counted[:_LAYERS]]
+    macs = sum(item.macs or 0 for item in counted)
+    largest = max((item.macs or 0 for item in counted), default=0)
+    return [
+        {"told": item, "share": _percent(item.macs, macs), "percent": _percent(item.macs, largest)}
+        for item in counted[:_LAYERS]
+    ]
 
 
 def _percent(part: float | None, whole: float) -> float:

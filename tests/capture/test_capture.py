@@ -174,7 +174,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[T, ...], list[str]]] = {
     ),
     "transposed1d": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2), SEQUENCE, ["ConvTranspose1d"]),
     "linear": (lambda: nn.Linear(8, 3), IMAGE, ["Linear"]),
-    "bilinear": (lambda: Of(lambda m, x: m.b(x, x + 1), b=nn.Bilinear(8, 8, 3)), IMAGE, ["aten.add.Tensor", "Bilinear"]),
+    "bilinear": (
+        lambda: Of(lambda m, x: m.b(x, x + 1), b=nn.Bilinear(8, 8, 3)),
+        IMAGE,
+        ["aten.add.Tensor", "Bilinear"],
+    ),
     "batch_norm": (lambda: nn.BatchNorm2d(4, eps=1e-3, momentum=0.3), IMAGE, ["BatchNorm2d"]),
     "not_affine": (lambda: nn.BatchNorm2d(4, affine=False), IMAGE, ["BatchNorm2d"]),
     "no_statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), IMAGE, ["BatchNorm2d"]),
@@ -551,7 +555,9 @@ def test_dims_of_parts() -> None:
 def test_fixed_sizes() -> None:
     graph = check(nn.Linear(4, 3), (torch.randn(2, 4),), dynamic_shapes=None)
     assert info(graph).dim_names == {}
-    assert all(isinstance(size, int) for node in graph.graph.nodes if node.op != "output" for size in node.meta["val"].shape)
+    assert all(
+        isinstance(size, int) for node in graph.graph.nodes if node.op != "output" for size in node.meta["val"].shape
+    )
 
 
 def test_a_second_input_may_be_fixed_although_it_is_as_long_as_the_batch() -> None:
@@ -572,7 +578,9 @@ def test_a_second_input_may_be_fixed_although_it_is_as_long_as_the_batch() -> No
 
 
 def small() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(144, 3)).eval()
+    return nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Dropout(0.1), nn.Flatten(), nn.Linear(144, 3)
+    ).eval()
 
 
 def test_an_exported_program() -> None:
@@ -580,7 +588,14 @@ def test_an_exported_program() -> None:
     program = torch.export.export(model, IMAGE, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     graph = capture(program)
     verify(graph, shapes=True)
-    assert targets(graph) == ["Conv2d", "BatchNorm2d", "aten.relu.default", "Dropout", "aten.flatten.using_ints", "Linear"]
+    assert targets(graph) == [
+        "Conv2d",
+        "BatchNorm2d",
+        "aten.relu.default",
+        "Dropout",
+        "aten.flatten.using_ints",
+        "Linear",
+    ]
     x = torch.randn(3, 4, 8, 8)
     assert torch.equal(graph(x), model(x))
     assert set(graph.state_dict()) == set(model.state_dict())
@@ -589,7 +604,9 @@ def test_an_exported_program() -> None:
 def test_an_exported_program_with_keywords() -> None:
     model = Keywords().eval()
     given = {name: torch.randn(2, 4) for name in ("x", "minus", "times")}
-    graph = capture(torch.export.export(model, (given["x"],), {"times": given["times"], "minus": given["minus"]}, strict=False))
+    graph = capture(
+        torch.export.export(model, (given["x"],), {"times": given["times"], "minus": given["minus"]}, strict=False)
+    )
     assert torch.equal(graph(**given), model(**given))
 
 

@@ -34,9 +34,11 @@ class FoldNormBefore(Rule[NormSite]):
     def match(self, facts: Facts) -> Iterator[NormSite | Skip]:
         for node in facts.nodes:
             if facts.layer_of(node, *BATCH_NORMS) is not None:
-                yield self._match(facts, node)
+                found = self._match(facts, node)
+                if found is not None:
+                    yield found
 
-    def _match(self, facts: Facts, norm: fx.Node) -> NormSite | Skip:
+    def _match(self, facts: Facts, norm: fx.Node) -> NormSite | Skip | None:
         site = str(norm.target)
         calls = [user for user in norm.users if facts.layer_of(user, *layers.LINEARS) is not None]
         if not calls:
@@ -63,14 +65,13 @@ class FoldNormBefore(Rule[NormSite]):
             return not_finite(site, call)
         return NormSite(site, (norm, call), norm, call, layer, affine)
 
-    def _alone(self, facts: Facts, norm: fx.Node) -> Skip:
+    def _alone(self, facts: Facts, norm: fx.Node) -> Skip | None:
         data = first_input(norm)
-        beside = [norm.args[0], *norm.users]
         if data is not None and facts.layer_of(trace_back(norm, data, 1).node, *layers.LINEARS) is not None:
-            reason = "It follows a linear layer that it cannot go into, and no linear layer reads it directly."
-        else:
-            reason = "No linear layer stands directly before or after it, so there are no weights it could go into."
-        return Skip(str(norm.target), "no_neighbour", reason, tuple(n.name for n in beside if isinstance(n, fx.Node)))
+            return None  # fold_norm_after tells why it may not go into the layer before it
+        reason = "No linear layer stands directly before or after it, so there are no weights it could go into."
+        beside = [item for item in (data, *norm.users) if item is not None]
+        return Skip(str(norm.target), "no_neighbour", reason, tuple(item.name for item in beside))
 
     def rewrite(self, editor: GraphEditor, site: NormSite) -> Rewrite:
         into = str(site.call.target)

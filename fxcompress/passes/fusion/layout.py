@@ -12,11 +12,12 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.info import info
 from fxcompress.passes.base import Skip
 from fxcompress.passes.fusion.facts import Facts, tensor_value
 
-__all__ = ["VIEWS", "kept_for_layout", "outcome", "same_layout"]
+__all__ = ["VIEWS", "as_reshape", "kept_for_layout", "outcome", "same_layout"]
 
 aten = torch.ops.aten
 
@@ -58,6 +59,12 @@ def kept_for_layout(facts: Facts, node: fx.Node, source: fx.Node) -> Skip | None
             kept.append(user.name)
     reason = "It copies into another memory layout, which later operations rely on."
     return Skip(node.name, "layout", reason, tuple(kept)) if kept else None
+
+
+def as_reshape(editor: GraphEditor, view: fx.Node, source: fx.Node) -> None:
+    """Let a view be a reshape of ``source``, which equals what it views but may lie in memory otherwise."""
+    args = (source, *view.args[1:])
+    editor.replace(view, editor.insert_call(aten.reshape.default, args, before=view, like=view, name="reshape"))
 
 
 def _expression(size: Any) -> Any:

@@ -142,7 +142,7 @@ class MergeBranches(Rule[BranchSite]):
         for leaf in site.rest:
             args = (total, leaf.node)
             alpha = {} if leaf.factor == 1 else {"alpha": leaf.factor}
-            total = editor.insert_call(aten.add.Tensor, args, alpha, before=site.root, like=site.root)
+            total = editor.insert_call(aten.add.Tensor, args, alpha, before=site.root, like=site.root, name="add")
         editor.replace(site.root, total)
         detail = {
             "rule": self.name,

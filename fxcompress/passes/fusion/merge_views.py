@@ -2,6 +2,7 @@
 
 permute(permute(x, p), q)  ⇒  permute(x, p∘q), or x where that is the identity
 reshape(reshape(x, a), b)  ⇒  reshape(x, b), or x where that is its shape
+reshape_as(x, y)  ⇒  reshape(x, sizes), so that nobody reads y for its shape alone
 
 Exact: both only move elements. Merged where nobody else reads what lies between; a way there and back is removed in
 any case. Left where the value would get another memory layout (see ``layout``).
@@ -22,13 +23,14 @@ from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.passes.fusion.base import Rule, Site
 from fxcompress.passes.fusion.channels import PERMUTES, RESHAPES, permutation
 from fxcompress.passes.fusion.facts import Facts, first_input, tensor_value
-from fxcompress.passes.fusion.layout import VIEWS, kept_for_layout, outcome, same_layout
+from fxcompress.passes.fusion.layout import VIEWS, as_reshape, kept_for_layout, outcome, same_layout
 
 __all__ = ["MergeViews"]
 
 aten = torch.ops.aten
 
 _FAR = 16  # how many views are looked through
+_AS = {aten.reshape_as.default, aten.view_as.default}
 _SIZED = {aten.reshape.default, *VIEWS}
 
 
@@ -48,6 +50,10 @@ class MergeViews(Rule[ViewSite]):
 
     def match(self, facts: Facts) -> Iterator[ViewSite | Skip]:
         for node in facts.nodes:
+            sizes = _sizes_alone(node)
+            if sizes is not None:
+                yield ViewSite(node.name, (node,), 1, aten.reshape.default, sizes)
+                continue
             for kind, find in ((PERMUTES, _permutes), (RESHAPES, _reshapes)):
                 if node.target in kind and not _goes_on(node, kind):
                     found = find(facts, node)
@@ -60,15 +66,25 @@ class MergeViews(Rule[ViewSite]):
         for _ in range(site.depth):
             source = first_input(source)
         if site.target is not None:
-            new = editor.insert_call(site.target, (source, site.option), before=last, like=last)
+            name = "permute" if site.target is aten.permute.default else "reshape"
+            new = editor.insert_call(site.target, (source, site.option), before=last, like=last, name=name)
         else:
             new = source
             for user in [user for user in last.users if user.target in VIEWS]:
-                view = editor.insert_call(aten.reshape.default, (source, *user.args[1:]), before=user, like=user)
-                editor.replace(user, view)
+                as_reshape(editor, user, source)
         editor.replace(last, new)
         detail = {"rule": self.name, "views": [node.name for node in site.nodes[: site.depth]]}
-        return Rewrite(site.name, "undone by one another" if site.target is None else "merged into one view", detail)
+        result = "merged into one view" if site.depth > 1 else "reads a shape no more"
+        return Rewrite(site.name, result if site.target is not None else "undone by one another", detail)
+
+
+def _sizes_alone(node: fx.Node) -> list[int] | None:
+    """The sizes for what is reshaped to the shape of another value; at most one may be symbolic, and is −1."""
+    value = tensor_value(node)
+    if node.target not in _AS or value is None or 0 in value.shape:
+        return None
+    symbolic = sum(1 for size in value.shape if isinstance(size, torch.SymInt))
+    return None if symbolic > 1 else [-1 if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
 
 
 def _goes_on(node: fx.Node, kind: set[Any]) -> bool:

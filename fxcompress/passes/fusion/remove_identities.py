@@ -27,7 +27,7 @@ from fxcompress.passes.fusion.base import Rule, Site
 from fxcompress.passes.fusion.channels import PERMUTES, RESHAPES, permutation
 from fxcompress.passes.fusion.constants import draws_random_numbers
 from fxcompress.passes.fusion.facts import Facts, first_input, tensor_value
-from fxcompress.passes.fusion.layout import VIEWS, kept_for_layout, same_layout
+from fxcompress.passes.fusion.layout import VIEWS, as_reshape, kept_for_layout, same_layout
 
 __all__ = ["RemoveIdentities"]
 
@@ -163,8 +163,7 @@ class RemoveIdentities(Rule[IdentitySite]):
         source = _source(node)
         assert source is not None
         for view in site.views:
-            shape = (source, *view.args[1:])
-            editor.replace(view, editor.insert_call(aten.reshape.default, shape, before=view, like=view))
+            as_reshape(editor, view, source)
         editor.replace(node, source)
         return Rewrite(site.name, "removed: it returns its argument", {"rule": self.name, "operation": site.kind})
 

@@ -32,12 +32,16 @@ def _rows(weight: torch.Tensor, dim: int) -> torch.Tensor:
     return weight.float().movedim(dim, 0).flatten(1)
 
 
+def _others(weight: torch.Tensor, dim: int) -> list[int]:
+    return [other for other in range(weight.dim()) if other != dim]
+
+
 def _l1(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return _rows(weight, dim).abs().sum(1)
+    return torch.linalg.vector_norm(weight.float(), ord=1, dim=_others(weight, dim))
 
 
 def _l2(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return _rows(weight, dim).square().sum(1)
+    return torch.linalg.vector_norm(weight.float(), dim=_others(weight, dim)).square()
 
 
 def _fpgm(weight: torch.Tensor, dim: int) -> torch.Tensor:

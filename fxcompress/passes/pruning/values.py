@@ -1,0 +1,50 @@
+"""What every node produces after a removal, read off the layouts: no operation has to be run on fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.dependency.layout import Layout
+from fxcompress.analysis.dependency.removal import Removal
+from fxcompress.graph.info import info
+
+__all__ = ["values_after"]
+
+
+def values_after(graph_module: fx.GraphModule, removal: Removal) -> dict[fx.Node, Any]:
+    """New fake values of all nodes that lose indices, except where a symbolic size shrinks: those are inferred."""
+    found: dict[fx.Node, Any] = {}
+    with info(graph_module).fake_mode:
+        for node in graph_module.graph.nodes:
+            layout = removal.builder.values.get(node)
+            if layout is not None:
+                value = _after(node.meta["val"], layout, removal)
+                if value is not None and value is not node.meta["val"]:
+                    found[node] = value
+    return found
+
+
+def _after(value: Any, layout: Any, removal: Removal) -> Any:
+    if isinstance(value, (tuple, list)):
+        made = [_after(item, part, removal) for item, part in zip(value, layout, strict=True)]
+        if any(item is None for item in made):
+            return None
+        return value if all(a is b for a, b in zip(made, value, strict=True)) else type(value)(made)
+    return _tensor_after(value, layout, removal)
+
+
+def _tensor_after(value: torch.Tensor, layout: Layout, removal: Removal) -> torch.Tensor | None:
+    touched = [removal.touches(dim) for dim in layout]
+    if not any(touched):
+        return value
+    sizes: list[Any] = list(value.shape)
+    for index, dim in enumerate(layout):
+        if touched[index]:
+            kept = removal.kept(dim)
+            if not isinstance(kept, int):
+                return None
+            sizes[index] = kept
+    return torch.empty(sizes, dtype=value.dtype, device=value.device)
