@@ -97,6 +97,7 @@ def compile(
         graph_module = run.graph_module
         own_weights(graph_module, _tensors(source))
         report = _report(model, captured, seconds, check, run.records)
+        report.describe(graph_module)
         compiled = Compiled(graph_module, report, example_inputs=leaves)
         if lowering is not None:
             bar.step(f"build {lowering.name} engine")

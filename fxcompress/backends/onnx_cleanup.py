@@ -57,7 +57,7 @@ def _size(size: Any, dim_names: Mapping[str, str]) -> int | str | None:
 
 
 def _cast_like(node: ir.Node) -> None:
-    value, like = node.inputs
+    like = node.inputs[1]
     if like is not None and like.dtype is not None:
         node.op_type = "Cast"
         node.resize_inputs(1)
@@ -125,9 +125,10 @@ def _name_ends(graph: ir.Graph, input_names: Sequence[str], output_names: Sequen
 
 
 def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    held = value.name in graph.initializers and graph.initializers[value.name] is value
-    if held:
-        del graph.initializers[value.name]
+    before = value.name
+    held = before is not None and graph.initializers.get(before) is value
+    if before is not None and held:
+        del graph.initializers[before]
     value.name = name
     if held:
         graph.initializers[name] = value

@@ -193,7 +193,8 @@ def _mean(lowering: Lowering, a: dict[str, Any]) -> Any:
         return NotImplemented
     if sorted(dim % 4 for dim in a["dim"]) != [2, 3] or isinstance(value.shape[1], torch.SymInt):
         return NotImplemented
-    pooled = lowering.emit(aten.adaptive_avg_pool2d.default, (a["self"], [1, 1]), value=lowering.value if a["keepdim"] else None)
+    known = lowering.value if a["keepdim"] else None
+    pooled = lowering.emit(aten.adaptive_avg_pool2d.default, (a["self"], [1, 1]), value=known)
     if a["keepdim"]:
         return pooled
     return lowering.emit(aten.reshape.default, (pooled, [-1, int(value.shape[1])]), value=lowering.value)

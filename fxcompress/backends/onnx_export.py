@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ def write_onnx(
     found = exported.opset_imports.get("", 0)
     if opset is not None and found != opset:
         raise BackendError(
-            f"the exporter wrote ONNX opset {found}, not {opset}", where="opset", remedy=f"ask for opset {found}, or None"
+            f"the exporter wrote ONNX opset {found}, not {opset}",
+            where="opset",
+            remedy=f"ask for opset {found}, or None",
         )
     names = [spec.name for spec in inputs], [spec.name for spec in outputs]
     clean_up(exported, *names, info(graph_module).dim_names)
@@ -120,13 +122,13 @@ def write_onnx(
 
 
 def _renamed(specs: Sequence[TensorSpec], names: Sequence[str] | None, what: str) -> tuple[TensorSpec, ...]:
-    from dataclasses import replace
-
     if names is None:
         return tuple(specs)
     if len(names) != len(specs) or len(set(names)) != len(names):
         raise BackendError(
-            f"{len(names)} names for {len(specs)} {what}: {', '.join(names)}", where=what, remedy="give one name for each"
+            f"{len(names)} names for {len(specs)} {what}: {', '.join(names)}",
+            where=what,
+            remedy="give one name for each",
         )
     return tuple(replace(spec, name=name) for spec, name in zip(specs, names, strict=True))
 
@@ -144,7 +146,7 @@ def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, 
     try:
         model = _translate(to_exported_program(graph_module), opset, None)
     except torch.onnx.errors.OnnxExporterError:
-        raise _explain(first, graph_module, program.decomposed) from first
+        raise _explain(first, program.decomposed) from first
     reason = _innermost(first)
     return model, [f"the exporter decomposed the whole model, since the quick way failed: {reason}"]
 
@@ -189,7 +191,7 @@ def _innermost(error: BaseException) -> str:
     return lines[0] if lines else repr(error)
 
 
-def _explain(error: Exception, graph_module: fx.GraphModule, decomposed: ExportedProgram | None) -> BackendError:
+def _explain(error: Exception, decomposed: ExportedProgram | None) -> BackendError:
     found = next((m for e in _causes(error) if (m := re.search(r"translating node %(\w+)", str(e)))), None)
     nodes = {node.name: node for node in (decomposed.graph.nodes if decomposed else ())}
     node = nodes.get(found[1]) if found else None

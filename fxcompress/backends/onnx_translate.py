@@ -150,7 +150,7 @@ def _filled(op: Any, number: float, like: Any) -> Any:
 
 
 def _rms_norm(op: Any, input: Any, dims: int, weight: Any, eps: float | None) -> Any:
-    """x / sqrt(mean(x²) + ε) · w; of a 16-bit x in 32 bits, as PyTorch computes it."""
+    """The result of x / sqrt(mean(x²) + ε) · w; of a 16-bit x in 32 bits, as PyTorch computes it."""
     kind = int(input.dtype)
     narrow = kind in _NARROW
     eps = torch.finfo(_NARROW.get(kind, torch.float32)).eps if eps is None else eps

@@ -60,8 +60,8 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     free.update(output.name for output in graph.output)
     gone = set()
     for node in fixed:
-        given = [name for name in node.input if name]
-        if any(name in weights for name in given) and not free.intersection(given):
+        held = [name for name in node.input if name in weights]
+        if held and not free.intersection(held):
             results = _compute(node, weights, constants)
             if results is not None:
                 weights.update(zip(node.output, results, strict=True))

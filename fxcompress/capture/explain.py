@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import torch
 
 from fxcompress.errors import CaptureError
 
-__all__ = ["explain", "first_line", "user_line"]
+__all__ = ["explain", "first_line", "is_theirs", "running_line", "user_line"]
 
 # Frames under these are not the user's.
-_NOT_THEIRS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
+_NOT_THEIRS = (f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}", "<")
 
 
 def explain(error: Exception) -> CaptureError:
@@ -47,7 +48,21 @@ def first_line(error: BaseException) -> str:
 
 def user_line(error: BaseException) -> str | None:
     """The innermost line of the user's code that the error came through: ``"model.py:12, if x.sum() > 0:"``."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_NOT_THEIRS):
+    return _innermost(traceback.extract_tb(error.__traceback__))
+
+
+def running_line() -> str | None:
+    """The innermost line of the user's code that is running now."""
+    return _innermost(traceback.extract_stack())
+
+
+def is_theirs(filename: str) -> bool:
+    """Whether a frame of this file is the user's code, and not ours, torch's, or generated."""
+    return not filename.startswith(_NOT_THEIRS)
+
+
+def _innermost(frames: traceback.StackSummary) -> str | None:
+    for frame in reversed(frames):
+        if is_theirs(frame.filename):
             return f"{frame.filename}:{frame.lineno}, {frame.line}"
     return None

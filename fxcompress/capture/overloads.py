@@ -49,6 +49,8 @@ def match(
 
 def result_kind(overload: Any) -> Kind | None:
     """What an overload returns; None for a plain number, which a graph cannot hold."""
+    if overload is torch.ops.aten.sym_size.int:
+        return "size"
     returns = overload._schema.returns
     if len(returns) != 1 or str(returns[0].type) == "List[Tensor]":
         return "tensors"

@@ -140,7 +140,9 @@ class _Weights:
             setattr(made, name, self.of(parameter))
         for name, buffer in theirs.named_buffers(recurse=False):
             made._buffers[name] = self.own(buffer)
-        return made
+        if hasattr(made, "inplace"):
+            made.inplace = False
+        return made.eval()
 
 
 class _Namer:
@@ -281,6 +283,9 @@ def _assemble(
         has_shapes=flat.has_shapes,
     )
     graph_module = assemble(root, flat.graph, facts)
+    if not flat.has_shapes:
+        for node in flat.graph.nodes:
+            node.meta.pop("val", None)
     drop_unused_state(graph_module)
     graph_module.graph.lint()
     return graph_module.eval()

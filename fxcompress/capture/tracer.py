@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from traceback import StackSummary
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxcompress.capture.explain import running_line
+from fxcompress.capture.explain import is_theirs, running_line
 from fxcompress.errors import CaptureError
 from fxcompress.graph.serialize_layers import is_known
 
@@ -70,6 +71,10 @@ class Tracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta["gradients"] = torch.is_grad_enabled()
         return node
+
+    def _filter_traceback_frames(self, user_stack_summary: StackSummary) -> StackSummary:
+        theirs = [frame for frame in user_stack_summary if is_theirs(frame.filename)]
+        return StackSummary.from_list(theirs[-1:])
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

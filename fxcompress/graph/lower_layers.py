@@ -97,9 +97,7 @@ def _instance_norm(emit: Emitter, layer: _InstanceNorm, inputs: tuple[Any, ...])
 
 def _layer_norm(emit: Emitter, layer: nn.LayerNorm, inputs: tuple[Any, ...]) -> Any:
     affine = emit.tensor("weight"), emit.tensor("bias")
-    return emit.call(
-        aten.layer_norm.default, (*inputs, list(layer.normalized_shape), *affine, layer.eps), result=True
-    )
+    return emit.call(aten.layer_norm.default, (*inputs, list(layer.normalized_shape), *affine, layer.eps), result=True)
 
 
 def _rms_norm(emit: Emitter, layer: nn.RMSNorm, inputs: tuple[Any, ...]) -> Any:

@@ -8,7 +8,6 @@ Fake values, source lines and module paths stay on the nodes.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,23 +15,14 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import (
-    ConstantArgument,
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    SymIntArgument,
-    TensorArgument,
-)
+from torch.export.graph_signature import ExportGraphSignature
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import FxCompressError, GraphError
 from fxcompress.graph.info import info
+from fxcompress.graph.lifting import Lifted, output_spec
 from fxcompress.graph.lower_layers import LOWERINGS
-from fxcompress.graph.names import original_name
 from fxcompress.graph.shapes import no_guards, require_shapes, where
 from fxcompress.graph.trace import trace
 
@@ -41,8 +31,6 @@ __all__ = ["Lowering", "Rewrite", "to_exported_program"]
 # Asked before each call is written: the call's target, arguments and keyword arguments (nodes of the new graph).
 # Gives what the call is to be replaced by, written with the Lowering, or NotImplemented to have it as it is.
 Rewrite = Callable[["Lowering", Any, tuple[Any, ...], dict[str, Any]], Any]
-
-_KINDS = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
 
 
 def to_exported_program(
@@ -75,47 +63,40 @@ class Lowering:
         self._source = graph_module
         self._rewrite = rewrite
         self._values: dict[fx.Node, Any] = {}  # node of the raised graph → its new node, or nested tuple of nodes
-        self._lifted: dict[Any, fx.Node] = {}  # tensor → its placeholder
-        self._specs: dict[InputKind, list[InputSpec]] = {kind: [] for kind in _KINDS}
-        self._first: dict[InputKind, fx.Node] = {}  # first placeholder of each kind
-        self._state: dict[str, torch.Tensor] = {}
-        self._constants: dict[str, torch.Tensor] = {}
+        self._lifted = Lifted(graph_module, self.graph, self.mode)
         self._meta: dict[str, Any] = {}  # of the raised node that is being lowered
         self.value: Any = None  # fake value of what is being lowered, None where it is not known yet
         self._name: str | None = None
         self._layer = ""
-        self._kinds = _tensor_kinds(graph_module)
 
     def run(self, program_type: type[ExportedProgram]) -> ExportedProgram:
         """Walk the raised graph once."""
-        user_inputs = [self._user_input(node) for node in self._source.graph.find_nodes(op="placeholder")]
+        for node in self._source.graph.find_nodes(op="placeholder"):
+            self._values[node] = self._lifted.user_input(node)
         results: tuple[Any, ...] = ()
         for node in self._source.graph.nodes:
             self._meta = {key: value for key, value in node.meta.items() if key != "val"}
-            self._name = node.name
             if node.op == "output":
                 results = tuple(self._read(node.args[0]))
                 self.graph.output(results)
             elif node.op == "get_attr":
-                self._values[node] = self._lift(str(node.target))
+                self._values[node] = self._lifted.tensor(str(node.target))
             elif node.op == "call_module":
                 self._values[node] = self._call_layer(node)
             elif node.op == "call_function":
                 args, kwargs = self._read((node.args, dict(node.kwargs)))
-                self.value = node.meta["val"]
-                self._values[node] = self._write(node.target, args, kwargs, result=True)
+                self._values[node] = self._write(node.target, args, kwargs, node.meta["val"], node.name)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-        inputs = [spec for kind in _KINDS for spec in self._specs[kind]] + user_inputs
-        signature = ExportGraphSignature(inputs, [_output_spec(result) for result in results])
+        signature = ExportGraphSignature(self._lifted.specs, [output_spec(result) for result in results])
         return program_type(
             nn.Module(),
             self.graph,
             signature,
-            self._state,
+            self._lifted.state,
             self._ranges(),
             [ModuleCallEntry("", self._call_signature())],
             None,
-            self._constants,
+            self._lifted.constants,
         )
 
     # --- what rules write with ---------------------------------------------------------------------------------
@@ -131,7 +112,8 @@ class Lowering:
             kwargs: of the operation.
             result: the operation gives what the layer that is being lowered gives; its fake value is known.
         """
-        return self._write(target, tuple(args), kwargs or {}, result)
+        known = (self.value, self._name) if result else (None, None)
+        return self._write(target, tuple(args), kwargs or {}, *known)
 
     def emit(
         self, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, value: Any = None
@@ -142,22 +124,23 @@ class Lowering:
     def tensor(self, name: str) -> fx.Node | None:
         """The parameter or buffer ``name`` of the layer that is being lowered."""
         owner = self._source.get_submodule(self._layer)
-        return None if getattr(owner, name, None) is None else self._lift(f"{self._layer}.{name}")
+        return None if getattr(owner, name, None) is None else self._lifted.tensor(f"{self._layer}.{name}")
 
-    def inline(self, recorded: fx.GraphModule, operands: list[Any]) -> Any:
-        """Append the operations of a traced graph on ``operands``; gives its result."""
+    def inline(self, recorded: fx.GraphModule, operands: list[Any], *, rewrite: bool = False) -> Any:
+        """Append the operations of a traced graph on ``operands``, rewritten if that is asked for; gives its result."""
+        write = self._write if rewrite else self._append
         values: dict[fx.Node, Any] = {}
         given = iter(operands)
         for node in recorded.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(given)
             elif node.op == "get_attr":
-                values[node] = self._lift_constant(getattr(recorded, str(node.target)))
+                values[node] = self._lifted.constant(getattr(recorded, str(node.target)))
             elif node.op == "output":
                 return map_arg(node.args[0], values.__getitem__)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = self._append(node.target, args, kwargs, node.meta.get("val"), None)
+                values[node] = write(node.target, args, kwargs, node.meta.get("val"), None)
         raise GraphError("a traced graph has no output")
 
     # --- private -----------------------------------------------------------------------------------------------
@@ -165,23 +148,18 @@ class Lowering:
     def _read(self, argument: Any) -> Any:
         return map_arg(argument, self._values.__getitem__)
 
-    def _write(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: bool) -> Any:
+    def _write(self, target: Any, args: Any, kwargs: dict[str, Any], value: Any, name: str | None) -> Any:
         if target is operator.getitem and isinstance(args[0], (tuple, list)):
             return args[0][args[1]]
-        known = self.value, self._name
-        if not result:
-            self.value, self._name = None, None
-        written = NotImplemented
+        written: Any = NotImplemented
         if self._rewrite is not None and target is not operator.getitem:
-            written = self._rewrite(self, target, args, kwargs)
-        if written is NotImplemented:
-            written = self._append(target, args, kwargs, self.value, self._name)
-        self.value, self._name = known
-        return written
+            outer = self.value, self._name
+            self.value, self._name = value, name
+            written = self._rewrite(self, target, tuple(args), kwargs)
+            self.value, self._name = outer
+        return self._append(target, args, kwargs, value, name) if written is NotImplemented else written
 
-    def _append(
-        self, target: Any, args: Sequence[Any], kwargs: dict[str, Any], value: Any, name: str | None
-    ) -> fx.Node:
+    def _append(self, target: Any, args: Any, kwargs: dict[str, Any], value: Any, name: str | None) -> fx.Node:
         node = self.graph.create_node("call_function", target, tuple(args), kwargs, name=name)
         node.meta = dict(self._meta)
         node.meta["val"] = self._infer(node) if value is None else value
@@ -201,7 +179,7 @@ class Lowering:
             )
         self._meta["nn_module_stack"] = _with_scope(self._meta.get("nn_module_stack"), path, layer)
         args, kwargs = self._read(node.args), {key: self._read(value) for key, value in node.kwargs.items()}
-        self.value = _flat(node.meta["val"])
+        self.value, self._name = _flat(node.meta["val"]), node.name
         rule = LOWERINGS.get(type(layer))
         hooked = bool(layer._forward_hooks or layer._forward_pre_hooks)
         result = rule(self, layer, args) if rule and not kwargs and not hooked else NotImplemented
@@ -211,7 +189,7 @@ class Lowering:
 
     def _trace_layer(self, node: fx.Node, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         tensors = [*layer.named_parameters(), *layer.named_buffers()]
-        weights = [self._lift(f"{self._layer}.{name}") for name, _ in tensors]
+        weights = [self._lifted.tensor(f"{self._layer}.{name}") for name, _ in tensors]
         leaves, spec = pytree.tree_flatten((args, kwargs))
         operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
@@ -232,49 +210,7 @@ class Lowering:
                 where=where(node),
                 remedy="write its forward with tensor operations whose shapes do not depend on values",
             ) from error
-        return self.inline(recorded, [*weights, *operands])
-
-    def _user_input(self, node: fx.Node) -> InputSpec:
-        new = self.graph.placeholder(str(node.target))
-        self._first.setdefault(InputKind.USER_INPUT, new)
-        new.meta = dict(node.meta)
-        self._values[node] = new
-        return InputSpec(InputKind.USER_INPUT, _argument(new), None)
-
-    def _lift(self, path: str) -> fx.Node:
-        owner, _, name = path.rpartition(".")
-        tensor = getattr(self._source.get_submodule(owner), name)
-        key = _identity(tensor)
-        if key not in self._lifted:
-            kind, persistent = self._kinds[path]
-            held = original_name(self._source, path)
-            if held in self._state or held in self._constants:
-                held = path
-            (self._state if persistent is not False else self._constants)[held] = tensor
-            self._lifted[key] = self._placeholder(kind, held, tensor, persistent)
-        return self._lifted[key]
-
-    def _lift_constant(self, tensor: torch.Tensor) -> fx.Node:
-        key = _identity(tensor)
-        if key not in self._lifted:
-            held = f"lifted_tensor_{len(self._constants)}"
-            while held in self._constants or held in self._state:
-                held += "_"
-            self._constants[held] = tensor
-            self._lifted[key] = self._placeholder(InputKind.CONSTANT_TENSOR, held, tensor, None)
-        return self._lifted[key]
-
-    def _placeholder(self, kind: InputKind, held: str, tensor: torch.Tensor, persistent: bool | None) -> fx.Node:
-        # Parameters, then buffers, then constants, then the user's inputs.
-        order = [*_KINDS, InputKind.USER_INPUT]
-        later = next(self._first[k] for k in order[order.index(kind) + 1 :] if k in self._first)
-        with self.graph.inserting_before(later):
-            node = self.graph.placeholder(_KINDS[kind] + re.sub(r"\W", "_", held))
-        self._first.setdefault(kind, node)
-        node.target = node.name
-        node.meta["val"] = self.mode.from_tensor(tensor, static_shapes=True)
-        self._specs[kind].append(InputSpec(kind, TensorArgument(node.name), held, persistent))
-        return node
+        return self.inline(recorded, [*weights, *operands], rewrite=True)
 
     def _ranges(self) -> dict[Any, Any]:
         env = self.mode.shape_env
@@ -294,38 +230,6 @@ class Lowering:
 def _flat(value: Any) -> Any:
     """``(y, (h, c))`` of ``nn.LSTM`` is ``(y, h, c)`` of the operation."""
     return tuple(pytree.tree_leaves(value)) if isinstance(value, tuple) else value
-
-
-def _argument(node: Any) -> Any:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else node
-    if isinstance(value, torch.Tensor):
-        return TensorArgument(node.name)
-    if isinstance(value, torch.SymInt):
-        return SymIntArgument(node.name)
-    return ConstantArgument(node.name if isinstance(node, fx.Node) else "", value)
-
-
-def _output_spec(result: Any) -> OutputSpec:
-    return OutputSpec(OutputKind.USER_OUTPUT, _argument(result), None)
-
-
-def _identity(tensor: torch.Tensor) -> Any:
-    """Equal for tensors that are the same memory seen the same way: tied weights are one, however they are held."""
-    if type(tensor) not in (torch.Tensor, nn.Parameter):
-        return id(tensor)
-    storage = tensor.untyped_storage()
-    return storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _tensor_kinds(graph_module: fx.GraphModule) -> dict[str, tuple[InputKind, bool | None]]:
-    """What each tensor of the graph is by its path; of buffers also whether they belong to the ``state_dict``."""
-    kinds: dict[str, tuple[InputKind, bool | None]] = {}
-    for path, module in graph_module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        kinds |= {prefix + name: (InputKind.PARAMETER, None) for name in module._parameters}
-        transient = module._non_persistent_buffers_set
-        kinds |= {prefix + name: (InputKind.BUFFER, name not in transient) for name in module._buffers}
-    return kinds
 
 
 def _with_scope(stack: Mapping[str, Any] | None, path: str, layer: nn.Module) -> dict[str, Any]:

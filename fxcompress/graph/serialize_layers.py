@@ -11,7 +11,7 @@ from torch import nn
 from fxcompress.errors import BundleError, nearest
 from fxcompress.graph.serialize_values import decode, encode, unserializable
 
-__all__ = ["build_layer", "layer_config", "register_layer"]
+__all__ = ["build_layer", "is_known", "layer_config", "register_layer"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -39,6 +39,11 @@ def register_layer(
         from_config: makes a layer with parameters and buffers of the right shapes; their values are put in afterwards.
     """
     _KINDS[_name(cls)] = _Kind(to_config, from_config)
+
+
+def is_known(cls: type) -> bool:
+    """Whether graphs may hold layers of exactly this class and be saved."""
+    return _name(cls) in _KINDS
 
 
 def layer_config(layer: nn.Module, path: str) -> dict[str, Any]:

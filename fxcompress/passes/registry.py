@@ -16,6 +16,7 @@ __all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passe
 
 _BUILT_IN = {
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
+    "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
 }
 _GROUP = "fxcompress.passes"
 

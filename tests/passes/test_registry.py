@@ -6,8 +6,7 @@ from typing import ClassVar
 import pytest
 
 from fxcompress.errors import OptionError
-from fxcompress.passes import FuseModules, Numerics, Pass, PassResult
-from fxcompress.passes import registry
+from fxcompress.passes import FuseModules, Numerics, Pass, PassResult, registry
 from fxcompress.passes.registry import make_pass, parse_pass, pass_names, resolve_passes
 
 

@@ -226,6 +226,32 @@ def _getitem(b: Builder, node: fx.Node) -> Any:
     return b.values[node.args[0]][node.args[1]]  # type: ignore[index]
 
 
+def _index(b: Builder, node: fx.Node) -> Layout:
+    """Gathering by index tensors: the dimensions indexed must stay whole, the others pass."""
+    a = call_arguments(node)
+    layout, indices = b.layout(a["self"]), list(a["indices"])
+    taken = [number for number, index in enumerate(indices) if index is not None]
+    live = [layout[number] for number in taken if is_live(layout[number])]
+    if live:
+        b.barrier(node, "the dimension is gathered from by computed indices", live)
+    rest = [dim for number, dim in enumerate(layout) if number not in taken]
+    made = len(sizes(node)) - len(rest)
+    adjacent = taken == list(range(taken[0], taken[-1] + 1))
+    place = taken[0] if adjacent else 0
+    fresh = [inert(size) for size in sizes(node)[place : place + made]]
+    return (*rest[:place], *fresh, *rest[place:])
+
+
+def _index_select(b: Builder, node: fx.Node) -> Layout:
+    a = call_arguments(node)
+    layout = list(b.layout(a["self"]))
+    dim = int(a["dim"]) % len(layout)
+    if is_live(layout[dim]):
+        b.barrier(node, "the dimension is gathered from by computed indices", [layout[dim]])
+    layout[dim] = inert(sizes(node)[dim])
+    return tuple(layout)
+
+
 def _scatter(b: Builder, node: fx.Node) -> Layout:
     """slice_scatter and select_scatter: the written dimension must stay whole; the others are equal."""
     a = call_arguments(node)
@@ -282,6 +308,9 @@ RULES: dict[Any, Rule] = {
     aten.pixel_unshuffle.default: _pixel_unshuffle,
     aten.constant_pad_nd.default: _pad,
     aten.pad.default: _pad,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
+    aten.lift_fresh_copy.default: _same,
     aten.slice_scatter.default: _scatter,
     aten.select_scatter.default: _scatter,
 }

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.support import check_pass, randomize
 from torch import nn
 
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass, randomize
 
 FOLD = FuseModules(rules=("fold_affine",))
 CHAIN = FuseModules(rules=("fold_affine", "fold_constants", "raise_layers"))
@@ -172,11 +172,15 @@ def another_dimension():
 
 
 def tied_constant():
-    return Net(lambda net, x: net.layer(x) * net.c + x[:, :, 1:5, 1:5] * net.c, nn.Conv2d(4, 4, 3), c=learned(channels(4)))
+    return Net(
+        lambda net, x: net.layer(x) * net.c + x[:, :, 1:5, 1:5] * net.c, nn.Conv2d(4, 4, 3), c=learned(channels(4))
+    )
 
 
 def tied_layer():
-    net = Net(lambda net, x: net.layer(x) * net.c + net.second(x), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), c=channels(4))
+    net = Net(
+        lambda net, x: net.layer(x) * net.c + net.second(x), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), c=channels(4)
+    )
     net.second.weight = net.layer.weight
     return net
 

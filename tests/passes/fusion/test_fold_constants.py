@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.support import check_pass, randomize
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -10,6 +9,7 @@ from torch.nn.utils import parametrizations
 from fxcompress.capture import capture
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass, randomize
 
 FOLD = FuseModules(rules=("merge_duplicates", "fold_constants", "raise_layers"))
 IMAGE = (torch.randn(2, 4, 6, 6),)
@@ -165,7 +165,9 @@ def test_layers_on_constants():
 
 
 def test_what_nothing_learned_is_made_of_is_a_buffer():
-    net = Net(lambda net, x: x * net.transient.square() + net.kept.square(), transient=torch.rand(6), kept=torch.rand(6))
+    net = Net(
+        lambda net, x: x * net.transient.square() + net.kept.square(), transient=torch.rand(6), kept=torch.rand(6)
+    )
     graph_module = check_pass(net.eval(), IMAGE, FOLD, rewrites=2, skipped=()).graph_module
     assert not list(graph_module.parameters())
     assert list(graph_module.state_dict()) == ["kept"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.support import check_pass, randomize
 from torch import nn
 
 from fxcompress.capture import capture
@@ -10,6 +9,7 @@ from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.running import max_relative_error
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass, randomize
 
 FOLD = FuseModules(rules=("fold_norm_after",))
 IMAGE = (torch.randn(2, 4, 6, 6),)
@@ -27,7 +27,7 @@ def test_the_graph_before_and_after():
               _1: f32[batch, 6, 4, 4] = BatchNorm2d(6, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True) @1 (_0)
               relu: f32[batch, 6, 4, 4] = aten.relu(_1)
               return relu
-        """,
+        """,  # noqa: E501
         after="""
             graph(input_1: f32[batch, 4, 6, 6]):
               _0: f32[batch, 6, 4, 4] = Conv2d(4, 6, kernel_size=(3, 3), stride=(1, 1)) @0 (input_1)
@@ -122,7 +122,9 @@ def test_folds_in_float64_and_rounds_once(dtype):
 
 
 def test_what_was_trainable_still_trains_and_what_was_frozen_stays_frozen():
-    model = randomize(nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)))
+    model = randomize(
+        nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))
+    )
     model[2].requires_grad_(False)
     graph_module = check_pass(model, IMAGE, FOLD, rewrites=2).graph_module
     assert {name: p.requires_grad for name, p in graph_module.named_parameters()} == {
@@ -256,7 +258,9 @@ def test_not_legal_across_dtypes():
 
 
 def test_not_legal_over_another_dimension():
-    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))  # of [N, 3, 5]: the norm runs over dim 1, not over features
+    model = nn.Sequential(
+        nn.Linear(5, 3), nn.BatchNorm1d(3)
+    )  # of [N, 3, 5]: the norm runs over dim 1, not over features
     check_pass(randomize(model), (torch.randn(2, 3, 5),), FOLD, rewrites=0, skipped={"1": "channel_mismatch"})
 
 
@@ -314,7 +318,7 @@ def goes_by_two_names():
     "make", [feeds_two_norms_by_two_calls, is_read_without_the_norm_by_another_call, goes_by_two_names]
 )
 def test_where_the_fuser_of_torch_is_wrong(make):
-    from torch.fx.experimental.optimization import fuse  # noqa: TID251  (banned for what is shown here)
+    from torch.fx.experimental.optimization import fuse
 
     model = randomize(make())
     ours = check_pass(model, IMAGE, FuseModules()).graph_module

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.support import check_pass, randomize
 from torch import nn
 
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass, randomize
 
 FOLD = FuseModules(rules=("fold_norm_before",))
 IMAGE = (torch.randn(2, 4, 6, 6),)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.support import check_pass
 from torch import nn
 from torch.nn import functional as F
 
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass
 
 FOLD = FuseModules(rules=("fold_padding", "normalize_padding"))
 IMAGE = (torch.randn(2, 4, 6, 7),)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.support import check_pass, randomize
 from torch import nn
 
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass, randomize
 
 MERGE = FuseModules(rules=("merge_branches",))
 IMAGE = (torch.randn(2, 4, 6, 6),)
@@ -48,7 +48,7 @@ def test_a_repvgg_block_before_and_after():
               branches_0_0: f32[batch, 4, 6, 6] = Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)) @branches.0.0 (x)
               relu: f32[batch, 4, 6, 6] = aten.relu(branches_0_0)
               return relu
-        """,
+        """,  # noqa: E501
         rewrites=3,
         skipped=(),
     )

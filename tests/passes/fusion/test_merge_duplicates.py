@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.support import check_pass
 from torch import nn
 from torch.nn import functional as F
 
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass
 
 MERGE = FuseModules(rules=("merge_duplicates",))
 IMAGE = (torch.randn(2, 4, 6, 6),)
@@ -87,6 +87,10 @@ def test_attention_without_dropout_is_not_random():
 
 def test_options_that_are_lists_dtypes_and_slices():
     def forward(net, x):
-        return x.sum([1, 2], dtype=torch.float64) + x.sum([1, 2], dtype=torch.float64) + x[:, :, 1:3, 0].sum([1, 2])[:, None]
+        return (
+            x.sum([1, 2], dtype=torch.float64)
+            + x.sum([1, 2], dtype=torch.float64)
+            + x[:, :, 1:3, 0].sum([1, 2])[:, None]
+        )
 
     check_pass(Net(forward).eval(), IMAGE, MERGE, rewrites=1, skipped=())

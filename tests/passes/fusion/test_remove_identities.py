@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.support import check_pass
 from torch import nn
 from torch.nn import functional as F
 
 from fxcompress.capture import capture
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.fuse_modules import FuseModules
+from tests.support import check_pass
 
 REMOVE = FuseModules(rules=("remove_identities",))
 VIEWS = FuseModules(rules=("merge_views",))
@@ -137,8 +137,12 @@ def test_a_copy_for_a_view_goes_and_the_view_becomes_a_reshape():
 @pytest.mark.parametrize(
     "forward",
     [
-        pytest.param(lambda net, x: x.transpose(1, 3).contiguous().relu().view(-1, 144), id="through another operation"),
-        pytest.param(lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(-1, 36, 4), id="the reshape would not copy"),
+        pytest.param(
+            lambda net, x: x.transpose(1, 3).contiguous().relu().view(-1, 144), id="through another operation"
+        ),
+        pytest.param(
+            lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(-1, 36, 4), id="the reshape would not copy"
+        ),
         pytest.param(lambda net, x: net.linear(x.transpose(1, 3).contiguous().transpose(1, 3)), id="a layer"),
     ],
 )
