@@ -490,7 +490,7 @@ def describe(row: Row) -> str:
         places = [f"      {f['stage']}: {f['error']}\n        at {f['where']}" for f in row["failures"]]
         return f"FAIL  {row['suite']}:{row['model']}\n" + "\n".join(places)
     figures = [f"capture {row['capture_s']:6.2f} s", f"total {row['total_s']:6.1f} s"]
-    figures += [f"error {row[key]:.0e}" for key in row if "error_" in key]
+    figures += [f"{key.replace('_', ' ')} {row[key]:.0e}" for key in row if "error_" in key]
     return f"ok    {row['suite'] + ':' + row['model']:<48} " + "  ".join(figures)
 
 

@@ -65,9 +65,7 @@ class Compiled:
         engine = f", engine={self.engine!r}" if self.engine is not None else ""
         return f"<Compiled: {len(self.module.graph.nodes)} nodes, {len(self.report.passes)} passes{engine}>"
 
-    def export(
-        self, backend: str | Backend, output: str | Path | None = None, *, verify: bool = True
-    ) -> Engine:
+    def export(self, backend: str | Backend, output: str | Path | None = None, *, verify: bool = True) -> Engine:
         """Lower the graph to an engine.
 
         Args:

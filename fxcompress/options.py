@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -23,7 +23,8 @@ def check_types(options: Any) -> None:
     Raises:
         OptionError: names the option, what was given and what is allowed.
     """
-    for name, adapter in _adapters(type(options)).items():
+    cls: Any = type(options)
+    for name, adapter in _adapters(cls).items():
         value = getattr(options, name)
         try:
             adapter.validate_python(value, strict=True)
@@ -59,8 +60,8 @@ def parse_options(items: Iterable[str], *, where: str) -> dict[str, Any]:
     return options
 
 
-@cache
-def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+@lru_cache
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls)
     adapters: dict[str, TypeAdapter[Any]] = {}
     for item in dataclasses.fields(cls):

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.capture import capture
 from fxcompress.graph.edit import copy_graph
+from fxcompress.graph.info import info
 from fxcompress.graph.printer import format_graph
 from fxcompress.graph.running import (
     dynamic_sizes,
@@ -62,11 +63,13 @@ def check_pass(
     text = format_graph(captured)
     if before is not None:
         _golden(text, before)
+    fixed = _fixed(captured)
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     leaves = flat_inputs(captured, args, kwargs)
     context = PassContext(example_inputs=leaves, original=captured)
     result = pass_.run(copy_graph(captured), context)
     verify(result.graph_module, shapes=True)
+    assert _fixed(captured) == fixed, "shape propagation took a symbolic size for a number"
     for given in (leaves, _another_size(captured, leaves)):
         if given is not None:
             _same_outputs(model, captured, result.graph_module, given, pass_)
@@ -122,6 +125,12 @@ def _same_outputs(
 def _another_size(captured: fx.GraphModule, leaves: list[Any]) -> list[Any] | None:
     sizes = dynamic_sizes(captured, leaves)
     return resized(captured, leaves, {symbol: size + 1 for symbol, size in sizes.items()}) if sizes else None
+
+
+def _fixed(graph_module: fx.GraphModule) -> dict[Any, Any]:
+    """Symbols that shape propagation has put something in the place of."""
+    environment = info(graph_module).fake_mode.shape_env
+    return {} if environment is None else dict(environment.replacements)
 
 
 def _accounts(

@@ -11,8 +11,10 @@ from fxcompress.capture.export import export_program
 from fxcompress.capture.flatten import flatten_program, name_dims
 from fxcompress.capture.inputs import argument_names, example_inputs, in_call_order
 from fxcompress.capture.raising import raise_graph
+from fxcompress.capture.symbolic import trace_symbolically
 from fxcompress.errors import PreconditionError
-from fxcompress.graph.info import GraphInfo
+from fxcompress.graph.copying import copy_graph
+from fxcompress.graph.info import GraphInfo, info
 from fxcompress.graph.shapes import settle_sizes
 
 __all__ = ["capture", "check_model"]
@@ -49,12 +51,10 @@ def capture(
         return graph_module
     check_model(model)
     if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxcompress"), GraphInfo):
-        from fxcompress.graph.edit import copy_graph
-
-        return copy_graph(model)
+        # A graph without shapes is captured again where there are inputs to give it shapes.
+        if info(model).has_shapes or example_inputs_ is None:
+            return copy_graph(model)
     if example_inputs_ is None:
-        from fxcompress.capture.symbolic import trace_symbolically
-
         return trace_symbolically(model)
     inputs = in_call_order(model, example_inputs(example_inputs_))
     names = argument_names(model, inputs)

@@ -49,6 +49,7 @@ class Flat:
         tensors: the tensors those names stand for, shared with the user's model.
         parameters: which of them are parameters; the rest are buffers and constants.
         transient: buffers that the user's ``state_dict`` does not have.
+        order: names of the tensors, in the order of the user's ``state_dict``.
         layers: layers that the graph calls already, by path; their tensors are the user's.
         has_shapes: whether nodes have ``meta["val"]``.
     """
@@ -62,6 +63,7 @@ class Flat:
     parameter_names: tuple[str, ...]
     dim_names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
     layers: dict[str, nn.Module] = field(default_factory=dict)
     has_shapes: bool = True
 
@@ -125,6 +127,7 @@ def flatten_program(program: ExportedProgram, parameter_names: tuple[str, ...] |
         parameter_names or tuple(_argument_names(program)),
         name_dims(graph),
         notes,
+        list(program.state_dict),
     )
 
 

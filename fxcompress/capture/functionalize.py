@@ -29,6 +29,7 @@ __all__ = ["Functionalizer"]
 aten = torch.ops.aten
 
 _NO_OPS = {aten.requires_grad_.default}
+_END = torch.iinfo(torch.int64).max
 _DETACH = {aten.detach.default, aten.detach_.default}
 
 
@@ -103,6 +104,8 @@ class Functionalizer:
             self.alias(node, node.all_input_nodes[0], detached=True)
         elif node.target in _NO_OPS or _is_noop_view(node):
             self.alias(node, node.all_input_nodes[0])
+        elif node.target is aten.lift_fresh_copy.default:  # a constant made in forward(): it may be written, as a value
+            self.current[node] = self.read(node.all_input_nodes[0])
         elif schema is not None and schema.is_mutable:
             self._write(node)
         else:
@@ -215,8 +218,9 @@ class Functionalizer:
 
 
 def _is_noop_view(node: fx.Node) -> bool:
-    """A call that returns its own argument: ``contiguous`` of a contiguous tensor, ``to`` of the same dtype."""
-    if node.target not in views.MAY_RETURN_SELF:
+    """A call that returns its argument itself: ``contiguous`` of a contiguous tensor, ``to`` its own dtype, ``[:]``."""
+    whole = node.target is aten.slice.Tensor and node.args[2:] in ((), (0, _END), (None, _END))
+    if not whole and node.target not in views.MAY_RETURN_SELF:
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and views.share_storage(node, source) and views.is_same_tensor(node, source)

@@ -49,6 +49,12 @@ def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
+def rank(node: fx.Node) -> int | None:
+    """Number of dims of a value; None in a graph without shapes."""
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, torch.Tensor) else None
+
+
 def _tensors(arguments: Arguments, **names: str) -> dict[str, fx.Node]:
     return {own: arguments[given] for own, given in names.items() if isinstance(arguments[given], fx.Node)}
 
@@ -108,12 +114,12 @@ def _batch_norm(a: Arguments) -> Layer | None:
     tensors = _tensors(a, weight="weight", bias="bias", running_mean="running_mean", running_var="running_var")
     if not tensors or ("weight" in tensors) != ("bias" in tensors):
         return None
-    rank = a["input"].meta["val"].dim()
-    classes: dict[int, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-    if rank not in classes:
+    dims = rank(a["input"])
+    classes: dict[int | None, Any] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    if dims not in classes:
         return None
     width = shape(next(iter(tensors.values())))[0]
-    module = classes[rank](
+    module = classes[dims](
         width,
         eps=a["eps"],
         momentum=a["momentum"],
@@ -148,10 +154,10 @@ def _group_norm(a: Arguments) -> Layer | None:
 
 def _instance_norm(a: Arguments) -> Layer | None:
     tensors = _tensors(a, weight="weight", bias="bias", running_mean="running_mean", running_var="running_var")
-    rank = a["input"].meta["val"].dim()
-    classes: dict[int, Any] = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+    dims = rank(a["input"])
+    classes: dict[int | None, Any] = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
     tracked = "running_mean" in tensors
-    if rank not in classes or set(tensors) not in (
+    if dims not in classes or set(tensors) not in (
         {"weight", "bias"},
         {"running_mean", "running_var"},
         {"weight", "bias", "running_mean", "running_var"},
@@ -159,7 +165,7 @@ def _instance_norm(a: Arguments) -> Layer | None:
         return None
     if a["use_input_stats"] == tracked:  # the layer normalises by its running statistics in eval mode, if it has any
         return None
-    module = classes[rank](
+    module = classes[dims](
         shape(next(iter(tensors.values())))[0],
         eps=a["eps"],
         momentum=a["momentum"],
@@ -236,18 +242,18 @@ def _is_zeros(node: object) -> bool:
     return isinstance(node, fx.Node) and node.target is aten.zeros.default
 
 
-def _dropout(make: Callable[[float, int], nn.Module | None]) -> Rule:
+def _dropout(make: Callable[[float, int | None], nn.Module | None]) -> Rule:
     def rule(a: Arguments) -> Layer | None:
         if a["train"]:  # dropout that the user switched on in eval mode stays what it is
             return None
-        module = make(a["p"], a["input"].meta["val"].dim())
+        module = make(a["p"], rank(a["input"]))
         return None if module is None else Layer(module, (a["input"],), {}, "dropout")
 
     return rule
 
 
-def _feature_dropout(p: float, rank: int) -> nn.Module | None:
-    made = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}.get(rank)
+def _feature_dropout(p: float, rank: int | None) -> nn.Module | None:
+    made = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}.get(rank or 0)
     return None if made is None else made(p)
 
 

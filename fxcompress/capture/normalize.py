@@ -3,14 +3,15 @@
 A walk over a symbolic trace that gives every node a value: a node of the new graph (a tensor, a size, or a list of
 tensors), a Python container of those, or a fact about a tensor (its shape or dtype) that only its reader can use.
 
-A write into a tensor makes a new value, which every later reader of the tensor gets. Without shapes it is not known what
-shares memory: whatever *may* be a view of a written tensor must not be read again, or the model is refused.
+A write into a tensor makes a new value, which every later reader of the tensor gets. Without shapes it is not known
+what shares memory: whatever *may* be a view of a written tensor must not be read again, or the model is refused.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -216,6 +217,8 @@ class Normalizer:
             return torch_functions.operate(self, target, args)
         if target in torch_functions.FUNCTIONS:
             return torch_functions.FUNCTIONS[target](self, *args, **kwargs)
+        if isinstance(target, type) and (hasattr(target, "_fields") or is_dataclass(target)):
+            return target(*args, **kwargs)
         if name in _ASSERTS:
             return None
         if name == "stochastic_depth" and not (kwargs.get("training", True) and args[-1] is not False):
@@ -245,7 +248,9 @@ class Normalizer:
             norm = aten.batch_norm if isinstance(layer, nn.modules.batchnorm._BatchNorm) else aten.instance_norm
             return self.emit(norm.default, (args[0], None, None, None, None, *options))
         values = [*args, *kwargs.values()]
-        if not values or not all(self.is_tensor(item) or isinstance(item, tuple) for item in values if item is not None):
+        if not values or not all(
+            self.is_tensor(item) or isinstance(item, tuple) for item in values if item is not None
+        ):
             raise Unknown(f"the layer {path!r} is called with something else than tensors")
         inputs = tuple(item for item in values if item is not None)
         node = self._create("call_module", path, inputs, {}, path.replace(".", "_"), "tensor")
@@ -289,7 +294,9 @@ class Normalizer:
             raise Unknown("the number of dims of a tensor, whose whole shape is read, is not known")
         if isinstance(value, DtypeOf):
             raise Unknown("the dtype of a tensor is not known")
-        if not isinstance(value, fx.Node) or not gradients or value not in self._without_gradients & self._trained:
+        if not isinstance(value, fx.Node) or not gradients:
+            return value
+        if value not in self._without_gradients or value not in self._trained:
             return value
         if value not in self._detached:  # computed where gradients were off, read where they are on
             self._detached[value] = self.graph.call_function(aten.detach.default, (value,))
@@ -299,7 +306,7 @@ class Normalizer:
     def _current(self, value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             items = [self._current(item) for item in value]
-            return items if isinstance(value, list) else tuple(items) if type(value) is tuple else type(value)(items)
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, (Sizes, DtypeOf)):
             return value
         if not isinstance(value, fx.Node):

@@ -63,7 +63,7 @@ def _is_usable(overload: Any) -> bool:
     schema = overload._schema
     types = [str(argument.real_type) for argument in schema.arguments]
     tensors = any(str(item.type) in ("Tensor", "List[Tensor]") for item in schema.returns) or "SymInt" in str(schema)
-    return tensors and not schema.is_mutable and not any("Dimname" in type_ or "Generator" == type_ for type_ in types)
+    return tensors and not schema.is_mutable and not any("Dimname" in type_ or type_ == "Generator" for type_ in types)
 
 
 def _spellings(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -169,4 +169,3 @@ def _fit_type(type_: str, length: int | None, value: Any, name: str, kind_of: Ca
     if isinstance(value, bool) and bool not in types:
         return _NO
     return value if isinstance(value, types) else _NO
-

@@ -8,7 +8,6 @@ one kind of convolution, however the user wrote it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcompress.capture.flatten import Flat
 from fxcompress.capture.layers import RULES, Layer
+from fxcompress.capture.naming import Namer
+from fxcompress.capture.weights import Weights, module_tree
 from fxcompress.errors import CaptureError, PreconditionError
 from fxcompress.graph.edit import drop_unused_state
 from fxcompress.graph.info import GraphInfo, assemble, tensors_of
-from fxcompress.graph.serialize_layers import build_layer, layer_config
 from fxcompress.graph.shapes import where
 
 __all__ = ["call_arguments", "raise_graph"]
@@ -47,8 +47,8 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
     Raises:
         CaptureError: the graph has no fake values to work with.
     """
-    namer = _Namer(flat, model)
-    weights = _Weights(flat)
+    namer = Namer(flat, model)
+    weights = Weights(flat)
     modules = {path: weights.layer(theirs) for path, theirs in flat.layers.items()}
     known: dict[tuple[Any, ...], str] = {}
     original_names: dict[str, str] = {}
@@ -66,7 +66,7 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
             modules[path] = _fill(layer, path, weights, namer, original_names)
         _replace(flat.graph, node, layer, path)
     flat.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    return _assemble(flat, modules, weights, original_names)
+    return _assemble(flat, module_tree(flat, modules, weights), original_names)
 
 
 def _check_dtypes(node: fx.Node, layer: Layer) -> None:
@@ -99,108 +99,7 @@ def _is_parameterised(node: fx.Node, flat: Flat) -> bool:
     return bool(tensors) and (running or any(str(item.target) in flat.parameters for item in tensors))
 
 
-class _Weights:
-    """The graph's own parameters: new objects that share memory with the user's, one per user's tensor.
-
-    Only the statistics of norms are copies: a forward pass in training writes into them.
-    """
-
-    def __init__(self, flat: Flat) -> None:
-        self._flat = flat
-        self._made: dict[int, torch.Tensor] = {}
-
-    def theirs(self, name: str) -> torch.Tensor:
-        """The user's tensor."""
-        return self._flat.tensors[name]
-
-    def get(self, name: str) -> torch.Tensor:
-        """The graph's tensor for the user's of this name."""
-        return self.of(self.theirs(name))
-
-    def of(self, theirs: torch.Tensor) -> torch.Tensor:
-        """The graph's tensor for one of the user's."""
-        if id(theirs) not in self._made:
-            if isinstance(theirs, nn.Parameter):
-                self._made[id(theirs)] = nn.Parameter(theirs.detach(), requires_grad=theirs.requires_grad)
-            else:
-                self._made[id(theirs)] = theirs.detach()
-        return self._made[id(theirs)]
-
-    def own(self, theirs: torch.Tensor) -> torch.Tensor:
-        """A copy of a buffer, one per user's tensor."""
-        if id(theirs) not in self._made:
-            self._made[id(theirs)] = theirs.detach().clone()
-        return self._made[id(theirs)]
-
-    def layer(self, theirs: nn.Module) -> nn.Module:
-        """The graph's own layer like one of the user's."""
-        config = layer_config(theirs, type(theirs).__name__)
-        made = build_layer(config, type(theirs).__name__)
-        for name, parameter in theirs.named_parameters(recurse=False):
-            setattr(made, name, self.of(parameter))
-        for name, buffer in theirs.named_buffers(recurse=False):
-            made._buffers[name] = self.own(buffer)
-        if hasattr(made, "inplace"):
-            made.inplace = False
-        return made.eval()
-
-
-class _Namer:
-    """Finds the path a layer goes by: where the user's model calls it, else where its weight lives."""
-
-    def __init__(self, flat: Flat, model: nn.Module | None) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False)) if model is not None else {}
-        self._tensor_names = set(flat.tensors)
-        self._flat = flat
-        self.state: Mapping[str, torch.Tensor] = {}
-        if model is not None:
-            self.state = {
-                **dict(model.named_parameters(remove_duplicate=False)),
-                **dict(model.named_buffers(remove_duplicate=False)),
-            }
-
-    def module(self, path: str) -> nn.Module | None:
-        """The user's module at ``path``."""
-        return self._modules.get(path)
-
-    def scope(self, node: fx.Node) -> str:
-        """Path of the innermost user's module that made ``node``; dropouts without weights are told apart by it."""
-        stack = node.meta.get("nn_module_stack") or {}
-        last = next(reversed(list(stack.values())), ("", None))[0]
-        return str(last).split("@")[0]
-
-    def path(self, node: fx.Node, layer: Layer, taken: Mapping[str, nn.Module]) -> str:
-        """A free path for a new layer."""
-        scope = self.scope(node)
-        weights = list(layer.tensors.items())
-        if not weights:
-            theirs = self.module(scope)
-            leaf = theirs is not None and scope and not list(theirs.children())
-            hint = scope if leaf else f"{scope}.{layer.kind}".lstrip(".")
-        else:
-            own, held = weights[0]
-            name = str(held.target)
-            mine = self.state.get(f"{scope}.{own}" if scope else own)
-            owner, _, last = name.rpartition(".")
-            if scope and mine is not None and mine is self._flat.tensors[name]:
-                hint = scope
-            elif last == own and owner:
-                hint = owner
-            elif last.endswith(f"_{own}"):
-                hint = f"{owner}.{last[: -len(own) - 1]}".lstrip(".")
-            else:
-                hint = f"{owner}.{last}_{layer.kind}".lstrip(".") if last != own else layer.kind
-        return self._free(hint, taken)
-
-    def _free(self, hint: str, taken: Mapping[str, nn.Module]) -> str:
-        path, count = hint, 0
-        while path in taken or path in self._tensor_names:
-            count += 1
-            path = f"{hint}_{count}"
-        return path
-
-
-def _fill(layer: Layer, path: str, weights: _Weights, namer: _Namer, original_names: dict[str, str]) -> nn.Module:
+def _fill(layer: Layer, path: str, weights: Weights, namer: Namer, original_names: dict[str, str]) -> nn.Module:
     module = layer.module
     theirs = namer.module(path)
     if isinstance(module, nn.modules.batchnorm._NormBase):
@@ -253,25 +152,7 @@ def _nest(graph: fx.Graph, node: fx.Node, new: fx.Node) -> None:
         item.args = (state, int(item.args[1]) - 1)  # type: ignore[arg-type]
 
 
-def _assemble(
-    flat: Flat, modules: dict[str, nn.Module], weights: _Weights, original_names: dict[str, str]
-) -> fx.GraphModule:
-    root = nn.Module()
-    for path in sorted(modules):
-        _put(root, path, lambda owner, name, path=path: owner.add_module(name, modules[path]))  # type: ignore[misc]
-    for node in flat.graph.nodes:
-        if node.op == "get_attr":
-            name = str(node.target)
-            tensor = weights.get(name)
-            if isinstance(tensor, nn.Parameter):
-                _put(root, name, lambda owner, last, t=tensor: owner.register_parameter(last, t))  # type: ignore[misc]
-            else:
-                keep = name not in flat.transient
-                _put(
-                    root,
-                    name,
-                    lambda owner, last, t=tensor, k=keep: owner.register_buffer(last, t, persistent=k),  # type: ignore[misc]
-                )
+def _assemble(flat: Flat, root: nn.Module, original_names: dict[str, str]) -> fx.GraphModule:
     facts = GraphInfo(
         flat.parameter_names,
         flat.in_spec,
@@ -289,18 +170,6 @@ def _assemble(
     drop_unused_state(graph_module)
     graph_module.graph.lint()
     return graph_module.eval()
-
-
-def _put(root: nn.Module, path: str, register: Callable[[nn.Module, str], None]) -> None:
-    owner = root
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in owner._modules:
-            owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    # A tensor that a layer holds and the graph also reads directly is there already, and the same object.
-    if name not in owner._parameters and name not in owner._buffers:
-        register(owner, name)
 
 
 def _fake_mode(flat: Flat) -> FakeTensorMode:

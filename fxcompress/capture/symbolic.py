@@ -55,6 +55,7 @@ def trace_symbolically(model: nn.Module) -> fx.GraphModule:
         out_spec,
         tuple(inputs),
         notes=normalizer.notes,
+        order=list(model.state_dict(keep_vars=True)),
         layers={path: layer for path, layer in layers.items() if path in normalizer.called},
         has_shapes=False,
     )
@@ -111,7 +112,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         items = [_plain(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        named = hasattr(value, "_fields")
+        return type(value)(*items) if named else type(value)(items)  # type: ignore[arg-type]
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):

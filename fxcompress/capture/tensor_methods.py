@@ -92,7 +92,7 @@ def _index(n: Normalizer, tensor: fx.Node, parts: tuple[Any, ...]) -> fx.Node:
     # After the dots dims are counted from the end; the last index first, so that the counts stay right.
     dim = -1
     for part in reversed(after):
-        if part is None or isinstance(part, fx.Node) and n.is_tensor(part):
+        if part is None or (isinstance(part, fx.Node) and n.is_tensor(part)):
             raise Unknown("an index of this kind after '...' has no ATen operation")
         kept = isinstance(part, slice)
         tensor, _ = _step(n, tensor, part, dim, gathered)

@@ -1,4 +1,4 @@
-"""Python's operators, and the functions of ``torch.nn.functional`` that are not simply the ATen operation of their name."""
+"""Python's operators, and the functions of torch that are not simply the ATen operation of their name."""
 
 from __future__ import annotations
 
@@ -135,7 +135,8 @@ def _pool(function: Any, name: str) -> tuple[Any, Handler]:
         if name.startswith("adaptive"):
             values = n.call(name, *args, **kwargs)
             return values if return_indices else values[0]
-        return n.call(f"{name}_with_indices" if return_indices else name, *args, **kwargs)
+        plain = name.removesuffix("_with_indices")
+        return n.call(f"{plain}_with_indices" if return_indices or plain != name else name, *args, **kwargs)
 
     return function, handler
 

@@ -1,7 +1,7 @@
 """Symbolic tracing: the user's model run on proxies, with layers left whole and nothing lost on the way.
 
-Torch's own tracer makes ``x += y`` a new tensor although other names of ``x`` see the write, forgets where gradients were
-off, and computes with parameters as if they were constants. This one keeps all three.
+Torch's own tracer makes ``x += y`` a new tensor although other names of ``x`` see the write, forgets where gradients
+were off, and computes with parameters as if they were constants. This one keeps all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fxcompress.capture.explain import is_theirs, running_line
 from fxcompress.errors import CaptureError
 from fxcompress.graph.serialize_layers import is_known
 
-__all__ = ["REMEDY", "NothingRandom", "Tracer", "WRITES"]
+__all__ = ["REMEDY", "WRITES", "NothingRandom", "Tracer"]
 
 REMEDY = "give example_inputs, such as (torch.randn(2, 3, 224, 224),)"
 

@@ -39,7 +39,7 @@ def flat_inputs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mappi
     ordered = tuple(by_name[name] for name in names[:count])
     named = {name: by_name[name] for name in keywords.context}
     try:
-        return list(fx_pytree.tree_flatten_spec((ordered, named), facts.in_spec))  # type: ignore[arg-type]
+        return list(fx_pytree.tree_flatten_spec((ordered, named), facts.in_spec))
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, IndexError) as error:
         raise PreconditionError(
             f"the inputs are not nested as the ones the model was captured with: {error}",

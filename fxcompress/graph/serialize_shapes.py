@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -49,6 +48,8 @@ def make_symbols(told: Mapping[str, Mapping[str, Any]]) -> tuple[FakeTensorMode,
     Raises:
         BundleError: the example lies outside the range.
     """
+    from torch._dynamo.source import ConstantSource  # which takes as long to import as all of fxcompress
+
     environment = ShapeEnv()
     sizes: dict[str, Any] = {}
     for name, facts in told.items():

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from fxcompress.errors import OptionError, PreconditionError, nearest
+from fxcompress.errors import OptionError, nearest
+from fxcompress.graph.info import info
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.fusion.base import Rule, apply, names_of
 from fxcompress.passes.fusion.fold_affine import FoldAffine
@@ -83,13 +84,6 @@ class FuseModules(Pass):
                 raise OptionError(f"fuse_modules has no rule {rule!r}", where="rules", remedy=nearest(rule, _NAMES))
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        for node in graph_module.graph.nodes:
-            if node.op == "placeholder" and "val" not in node.meta:
-                raise PreconditionError(
-                    "the graph has no shapes, which fuse_modules needs",
-                    where=f"input {node.target!r}",
-                    remedy="give example_inputs to compile()",
-                )
         names = {name for node in graph_module.graph.nodes for name in names_of(node)} if self.ignore else set()
         for pattern in self.ignore:
             if not fnmatch.filter(names, pattern):
@@ -97,6 +91,8 @@ class FuseModules(Pass):
                     f"no layer or node is called {pattern!r}", where="ignore", remedy=nearest(pattern, names)
                 )
         chosen = [rule for rule in _RULES if self.rules is None or rule.name in self.rules]
+        blind = [] if info(graph_module).has_shapes else [rule for rule in chosen if rule.needs_shapes]
+        chosen = [rule for rule in chosen if rule not in blind]
         rewrites: list[Rewrite] = []
         skips: list[Skip] = []
         for _ in range(_ROUNDS):
@@ -111,6 +107,10 @@ class FuseModules(Pass):
                 break
         # What one rule leaves, another may leave for the same reason: told once. Skips of earlier rounds are history.
         told = {(skip.site, skip.code): skip for skip in reversed(skips)}
+        if blind:
+            left_out = ", ".join(rule.name for rule in blind)
+            reason = f"Captured without example inputs, the graph has no shapes, which these rules need: {left_out}."
+            told["graph", "no_shapes"] = Skip("graph", "no_shapes", reason)
         if not rewrites and not told:
             reason = "No rule applies: the graph has no norm, arithmetic, padding, branch or constant to fold."
             told["", ""] = Skip("graph", "nothing_to_fuse", reason)

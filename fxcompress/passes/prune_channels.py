@@ -117,7 +117,7 @@ class PruneChannels(Pass):
             threshold = float(np.quantile(np.concatenate(normal), self.ratio))
             wanted = [int((values < threshold).sum()) for values in normal]
         else:
-            wanted = [int(round(self.ratio * len(g.classes))) for g in groups]
+            wanted = [round(self.ratio * len(g.classes)) for g in groups]
         removed = []
         for group, count in zip(groups, wanted, strict=True):
             count = self._rounded(group, count)

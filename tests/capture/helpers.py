@@ -19,7 +19,7 @@ def check(
 ) -> fx.GraphModule:
     """Capture ``model``; compare with it on the inputs and on ``other``; verify the graph; the model is as before."""
     model.eval()
-    before = copy.deepcopy({name: tensor for name, tensor in _tensors(model)})
+    before = copy.deepcopy(dict(_tensors(model)))
     graph = capture(model, inputs, dynamic_shapes=dynamic_shapes)
     verify(graph, shapes=True)
     for given in (inputs, other) if other is not None else (inputs,):

@@ -197,6 +197,13 @@ def out_argument(x: T) -> T:
     return y
 
 
+def constant_written(x: T) -> T:
+    table = torch.tensor([1.0, 2, 3, 4])
+    table[0] = 5
+    table.mul_(2)
+    return x * table
+
+
 def double_use(x: T) -> T:
     y = fresh(x)
     return y.add_(y).mul_(y)
@@ -213,7 +220,7 @@ WRITES = [
     *(relu_, chain, written_then_read, old_value_kept, slice_write, swin_mask, through_view, through_transpose),
     *(through_select, through_pieces, through_reshape, reshape_that_copies, through_diagonal, other_view_sees_it),
     *(view_of_view, keeps_dtype, bool_write, masked_fill_, clone_first, contiguous_alias, same_dtype_alias),
-    *(double_use, inplace_activations, index_put, out_argument),
+    *(double_use, inplace_activations, index_put, out_argument, constant_written),
 ]
 
 

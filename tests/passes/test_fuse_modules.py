@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from benchmarks import zoo
 from fxcompress.capture import capture
 from fxcompress.errors import OptionError
+from fxcompress.graph.running import max_relative_error, outputs_of
+from fxcompress.graph.verify import verify
 from fxcompress.passes.base import Numerics, PassContext
 from fxcompress.passes.fuse_modules import FuseModules
 from tests.support import check_pass, randomize
@@ -112,6 +114,17 @@ def test_inputs_and_outputs_keep_their_structure():
     outputs = result.graph_module(**inputs)
     assert set(outputs) == {"y", "parts"}
     assert isinstance(outputs["parts"][1], list)
+
+
+def test_a_graph_without_shapes_is_fused_where_shapes_do_not_matter():
+    model = small()
+    graph_module = capture(model)
+    result = FuseModules().run(graph_module, PassContext())
+    verify(result.graph_module)
+    assert [rewrite.site for rewrite in result.rewrites] == ["0", "3", "1", "6", "pad"]
+    assert {skip.site: skip.code for skip in result.skipped} == {"9": "channel_mismatch", "graph": "no_shapes"}
+    error, _ = max_relative_error(outputs_of(model, IMAGE, {}), outputs_of(result.graph_module, IMAGE, {}))
+    assert error < 1e-5
 
 
 # --- architectures --------------------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ class Builder:
         key = self._of_tensor.setdefault(id(tensor), path)
         known = self.weights.get(key)
         if known is None:
-            known = tuple(self.fresh(size) if dim is None else dim for dim, size in zip(layout, tensor.shape, strict=True))
+            known = tuple(
+                self.fresh(size) if dim is None else dim for dim, size in zip(layout, tensor.shape, strict=True)
+            )
             self.weights[key] = known
         else:
             for mine, theirs in zip(known, layout, strict=True):

@@ -70,7 +70,7 @@ def _attention(b: Builder, node: fx.Node) -> Layout:
         grouped = [dim for layout in (query, key, value) for dim in layout[-3:-2] if is_live(dim)]
         if grouped:
             b.barrier(node, "grouped-query attention repeats key heads: their number is fixed", grouped)
-        lead = broadcast(b, node, [query[:-3], key[:-3], value[:-3]], len(query) - 3) + (query[-3],)
+        lead = (*broadcast(b, node, [query[:-3], key[:-3], value[:-3]], len(query) - 3), query[-3])
     else:
         lead = broadcast(b, node, [query[:-2], key[:-2], value[:-2]], len(query) - 2)
     mask = a["attn_mask"]

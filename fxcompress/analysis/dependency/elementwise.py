@@ -47,7 +47,9 @@ def _reduction(b: Builder, node: fx.Node) -> Any:
     source = a.get("self", a.get("input"))
     layout = b.layout(source)
     given = a.get("dim")
-    dims = range(len(layout)) if given is None or given == [] else given if isinstance(given, (list, tuple)) else [given]
+    dims = (
+        range(len(layout)) if given is None or given == [] else given if isinstance(given, (list, tuple)) else [given]
+    )
     reduced = {int(d) % len(layout) for d in dims} if layout else set()
     live = [layout[d] for d in reduced if is_live(layout[d])]
     if live:
@@ -125,7 +127,9 @@ _POINTWISE = """
     rand_like randn_like empty_like __and__ __or__ __xor__
 """
 _ALONG = "softmax log_softmax _softmax cumsum cumprod logcumsumexp"
-_REDUCTIONS = "sum mean var std amax amin prod logsumexp any all argmax argmin norm linalg_vector_norm var_mean std_mean"
+_REDUCTIONS = (
+    "sum mean var std amax amin prod logsumexp any all argmax argmin norm linalg_vector_norm var_mean std_mean"
+)
 
 
 def _overloads(names: str) -> list[Any]:

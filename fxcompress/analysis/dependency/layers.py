@@ -34,11 +34,13 @@ def layer(b: Builder, node: fx.Node) -> Any:
         return _group_norm(b, node, module, path, source)
     if isinstance(module, nn.Embedding):
         made = b.fresh(module.embedding_dim, made=True)
-        weight = b.weight(f"{path}.weight", module.weight, layout=(inert(module.num_embeddings), made), site=node.name, makes=(1,))
+        weight = b.weight(
+            f"{path}.weight", module.weight, layout=(inert(module.num_embeddings), made), site=node.name, makes=(1,)
+        )
         return (*source, weight[1])
     if isinstance(module, nn.RNNBase):
         return _recurrent(b, node, module, path, source)
-    if isinstance(module, nn.modules.dropout._DropoutNd) or isinstance(module, nn.RReLU):
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)):
         return source
     b.barrier(node, f"{type(module).__name__} has no rule")
     for name, tensor in module.named_parameters():
@@ -156,10 +158,14 @@ def _recurrent(b: Builder, node: fx.Node, module: nn.RNNBase, path: str, source:
             suffix = f"_l{depth}{'_reverse' if direction else ''}"
             read = source[-1] if depth == 0 else out
             for name, layout in (("weight_ih", (stacked, read)), ("weight_hh", (stacked, hidden))):
-                b.weight(f"{path}.{name}{suffix}", getattr(module, name + suffix), layout=layout, site=node.name, makes=(0,))
+                b.weight(
+                    f"{path}.{name}{suffix}", getattr(module, name + suffix), layout=layout, site=node.name, makes=(0,)
+                )
             if module.bias:
                 for name in ("bias_ih", "bias_hh"):
-                    b.weight(f"{path}.{name}{suffix}", getattr(module, name + suffix), layout=(stacked,), site=node.name)
+                    b.weight(
+                        f"{path}.{name}{suffix}", getattr(module, name + suffix), layout=(stacked,), site=node.name
+                    )
     sequence = (*source[:-1], out)
     batch = source[:-2] if len(source) == 2 else (source[0],) if module.batch_first else (source[1],)
     state = (inert(module.num_layers * directions), *batch, hidden)
@@ -170,4 +176,3 @@ def _recurrent(b: Builder, node: fx.Node, module: nn.RNNBase, path: str, source:
 
 def _blocks(dim: Dim) -> list[Block]:
     return [factor.block for factor in dim if factor.block is not None]
-

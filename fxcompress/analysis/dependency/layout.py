@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a dimension: ``size`` indices, which carry the labels along ``axis`` of ``block`` if there is one."""
+    """One factor of a dimension: ``size`` indices, with the labels along ``axis`` of ``block`` if there is one."""
 
     size: Any
     block: Block | None = field(default=None, compare=False)
@@ -139,9 +139,7 @@ def _divide(whole: Any, part: Any) -> Any | None:
     return numerator if denominator == 1 and quotient.is_integer is not False else None
 
 
-def _split(
-    factor: Factor, outer: int, inner: int, pending: list[Factor], *placed: Any
-) -> tuple[Factor, Factor]:
+def _split(factor: Factor, outer: int, inner: int, pending: list[Factor], *placed: Any) -> tuple[Factor, Factor]:
     """Split a factor in two; a block gets one axis more, and every factor on it is renumbered."""
     block = factor.block
     if block is None:

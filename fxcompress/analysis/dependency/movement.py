@@ -43,9 +43,7 @@ def _permute(b: Builder, node: fx.Node) -> Layout:
 def _expand(b: Builder, node: fx.Node) -> Layout:
     layout, wanted = b.layout(node.args[0]), sizes(node)
     padded = (inert(1),) * (len(wanted) - len(layout)) + tuple(layout)
-    return tuple(
-        dim if _equal(size_of(dim), size) else inert(size) for dim, size in zip(padded, wanted, strict=True)
-    )
+    return tuple(dim if _equal(size_of(dim), size) else inert(size) for dim, size in zip(padded, wanted, strict=True))
 
 
 def _equal(left: Any, right: Any) -> bool:

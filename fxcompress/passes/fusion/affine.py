@@ -179,7 +179,9 @@ def _step(
     value = tensor_value(node.args[index])
     if value is None or not value.is_floating_point() or not same_value(value, node.meta.get("val")):
         return None
-    if dim is not None and scale.numel() != value.shape[dim] and shift.numel() != value.shape[dim]:
+    if dim is not None and (
+        not isinstance(value.shape[dim], int) or max(scale.numel(), shift.numel()) != value.shape[dim]
+    ):
         return None
     constants = tuple(item for item in others if isinstance(item, fx.Node))
     return Step(node, index, Affine(scale.double(), shift.double()), dim, constants)

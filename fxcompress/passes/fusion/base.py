@@ -34,9 +34,13 @@ SiteT = TypeVar("SiteT", bound=Site)
 
 
 class Rule(ABC, Generic[SiteT]):
-    """One rewrite. ``match`` yields the legal sites, and a :class:`Skip` for each site that is not legal."""
+    """One rewrite. ``match`` yields the legal sites, and a :class:`Skip` for each site that is not legal.
+
+    Rules with ``needs_shapes`` are left out where the model was captured without example inputs.
+    """
 
     name: ClassVar[str]
+    needs_shapes: ClassVar[bool] = True
 
     @abstractmethod
     def match(self, facts: Facts) -> Iterable[SiteT | Skip]:

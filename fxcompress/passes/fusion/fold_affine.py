@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import fx, nn
 
 from fxcompress.graph.edit import GraphEditor
@@ -99,7 +100,7 @@ class FoldAffine(Rule[AffineSite]):
             return Skip(site, "shared_value", reason, tuple(other.name for other in others))
         value = tensor_value(call if origin is not None else last)
         dim = origin.dim if origin is not None and dim is not None else dim
-        if value is None or (dim is not None and dim != _channel_dim(layer, value.dim())):
+        if value is None or (dim is not None and dim != _channel_dim(layer, value)):
             reason = f"It varies along another dimension than the channels of {call.target!r}."
             return Skip(site, "channel_mismatch", reason, (call.name,))
         if not layers.dtype_fits(layer, value.dtype):
@@ -130,10 +131,10 @@ class FoldAffine(Rule[AffineSite]):
         return Rewrite(site.name, f"folded into {into}", detail)
 
 
-def _channel_dim(layer: Any, rank: int) -> int:
+def _channel_dim(layer: Any, value: torch.Tensor) -> int | None:
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return rank - 1
-    return 1 if isinstance(layer, (*BATCH_NORMS, nn.GroupNorm)) else layers.channel_dim(layer, rank)
+        return value.dim() - 1
+    return 1 if isinstance(layer, (*BATCH_NORMS, nn.GroupNorm)) else layers.channel_dim(layer, value)
 
 
 def _no_room(layer: Any, affine: Affine, *, ahead: bool) -> tuple[str, str] | None:

@@ -42,6 +42,7 @@ class FoldNormAfter(Rule[NormSite]):
     """See the module's text."""
 
     name: ClassVar[str] = "fold_norm_after"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[NormSite | Skip]:
         for node in facts.nodes:
@@ -59,8 +60,7 @@ class FoldNormAfter(Rule[NormSite]):
         layer: Any = facts.layer_of(call, *layers.LINEARS)
         if layer is None:
             return None  # no linear layer before it: fold_norm_before tells where a norm stands alone
-        value = tensor_value(call)
-        if value is None or origin.dim != layers.channel_dim(layer, value.dim()):
+        if origin.dim != layers.channel_dim(layer, tensor_value(call)):
             reason = f"The norm runs over another dimension than the channels that {call.target!r} produces."
             return Skip(site, "channel_mismatch", reason, (call.name,))
         if origin.others:

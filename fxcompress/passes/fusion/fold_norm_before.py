@@ -30,6 +30,7 @@ class FoldNormBefore(Rule[NormSite]):
     """See the module's text."""
 
     name: ClassVar[str] = "fold_norm_before"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[NormSite | Skip]:
         for node in facts.nodes:
@@ -45,11 +46,10 @@ class FoldNormBefore(Rule[NormSite]):
             return self._alone(facts, norm)
         call = calls[0]
         layer: Any = facts.layer(call)
-        value = tensor_value(norm)
         others = tuple(user.name for user in norm.users if user is not call)
         if others:
             return Skip(site, "shared_value", "What the norm produces is read by more than one layer.", others)
-        if value is None or layers.channel_dim(layer, value.dim()) != 1:
+        if layers.channel_dim(layer, tensor_value(norm)) != 1:
             reason = f"The norm runs over another dimension than the channels that {call.target!r} reads."
             return Skip(site, "channel_mismatch", reason, (call.name,))
         affine = foldable_norm(facts, norm, layer.weight.dtype)

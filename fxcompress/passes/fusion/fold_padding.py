@@ -20,7 +20,7 @@ from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.passes.fusion import layers
 from fxcompress.passes.fusion.base import Rule, Site
-from fxcompress.passes.fusion.facts import Facts, tensor_value
+from fxcompress.passes.fusion.facts import Facts
 
 __all__ = ["FoldPadding", "zero_padding"]
 
@@ -46,6 +46,7 @@ class FoldPadding(Rule[PadSite]):
     """See the module's text."""
 
     name: ClassVar[str] = "fold_padding"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[PadSite | Skip]:
         for node in facts.nodes:
@@ -80,9 +81,8 @@ class FoldPadding(Rule[PadSite]):
         if not all(isinstance(width, int) for width in widths):
             return Skip(pad.name, "dynamic_size", "How far it pads depends on the size of the input.", (pad.name,))
         spatial = len(layer.kernel_size)
-        value = tensor_value(pad)
         sides = [(widths[index], widths[index + 1]) for index in range(0, len(widths), 2)]
-        if any(side != (0, 0) for side in sides[spatial:]) or value is None:
+        if any(side != (0, 0) for side in sides[spatial:]):
             return Skip(pad.name, "channel_padding", "It also pads the channels or the batch.", (pad.name,))
         if any(near != far or near < 0 for near, far in sides):
             reason = "It pads the two sides of a dimension differently, or crops."

@@ -51,9 +51,11 @@ def input_channels(layer: Any) -> int:
     return int(layer.in_features if type(layer) is nn.Linear else layer.in_channels)
 
 
-def channel_dim(layer: Any, rank: int) -> int:
-    """The dimension of the layer's input and output, of ``rank`` dimensions, that counts channels."""
-    return rank - 1 if type(layer) is nn.Linear else rank - 1 - len(layer.kernel_size)
+def channel_dim(layer: Any, value: torch.Tensor | None) -> int | None:
+    """The dimension of the layer's output (or input) ``value`` that counts channels; None where that is not known."""
+    if type(layer) is nn.Linear:
+        return None if value is None else value.dim() - 1
+    return 1 if value is None else value.dim() - 1 - len(layer.kernel_size)
 
 
 def dtype_fits(layer: Any, dtype: torch.dtype) -> bool:

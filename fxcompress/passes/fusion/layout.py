@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.info import info
+from fxcompress.graph.shapes import no_guards
 from fxcompress.passes.base import Skip
 from fxcompress.passes.fusion.facts import Facts, tensor_value
 
@@ -34,8 +36,9 @@ def same_layout(left: Any, right: Any) -> bool:
 def outcome(facts: Facts, target: Any, args: Any, kwargs: Any, known: dict[fx.Node, torch.Tensor]) -> Any:
     """What an operation would produce if the nodes of ``known`` had those values; None where it would fail."""
     given, named = map_arg((args, kwargs), lambda n: known.get(n, n.meta.get("val")))
+    mode = info(facts.graph_module).fake_mode
     try:
-        with info(facts.graph_module).fake_mode, torch.no_grad():
+        with mode, torch.no_grad(), no_guards(mode), enable_python_dispatcher():
             return target(*given, **named)
     except RuntimeError:
         return None

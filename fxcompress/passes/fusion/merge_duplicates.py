@@ -36,6 +36,7 @@ class MergeDuplicates(Rule[DuplicateSite]):
     """See the module's text."""
 
     name: ClassVar[str] = "merge_duplicates"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[DuplicateSite | Skip]:
         numbers: dict[fx.Node, fx.Node] = {}  # a node → the first node of the same value

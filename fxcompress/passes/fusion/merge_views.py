@@ -81,10 +81,10 @@ class MergeViews(Rule[ViewSite]):
 def _sizes_alone(node: fx.Node) -> list[int] | None:
     """The sizes for what is reshaped to the shape of another value; at most one may be symbolic, and is −1."""
     value = tensor_value(node)
-    if node.target not in _AS or value is None or 0 in value.shape:
+    if node.target not in _AS or value is None:
         return None
-    symbolic = sum(1 for size in value.shape if isinstance(size, torch.SymInt))
-    return None if symbolic > 1 else [-1 if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+    sizes = [-1 if isinstance(size, torch.SymInt) else int(size) for size in value.shape]
+    return None if 0 in sizes or sizes.count(-1) > 1 else sizes
 
 
 def _goes_on(node: fx.Node, kind: set[Any]) -> bool:

@@ -35,6 +35,7 @@ class NormalizePadding(Rule[PaddingSite]):
     """See the module's text."""
 
     name: ClassVar[str] = "normalize_padding"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[PaddingSite | Skip]:
         seen: set[str] = set()

@@ -132,17 +132,21 @@ class RemoveIdentities(Rule[IdentitySite]):
     """See the module's text."""
 
     name: ClassVar[str] = "remove_identities"
+    needs_shapes: ClassVar[bool] = False
 
     def match(self, facts: Facts) -> Iterator[IdentitySite | Skip]:
         trained: set[fx.Node] | None = None
         for node in facts.nodes:
             source = _source(node)
             value, made = tensor_value(source), tensor_value(node)
-            if source is None or value is None or made is None or not _is_identity(facts, node):
+            if source is None or not _is_identity(facts, node):
                 continue  # computes something
-            if not same_value(value, made) or value.device != made.device:
+            if node.op == "call_module":
+                yield IdentitySite(str(node.target), (node,), type(facts.layer(node)).__name__, ())
+                continue
+            if value is None or made is None or not same_value(value, made) or value.device != made.device:
                 continue  # computes something
-            site = str(node.target) if node.op == "call_module" else node.name
+            site = node.name
             if node.target is aten.detach.default:
                 trained = _trained(facts) if trained is None else trained
                 if source in trained:
@@ -155,8 +159,8 @@ class RemoveIdentities(Rule[IdentitySite]):
             views: tuple[fx.Node, ...] = ()
             if not same_layout(value, made):
                 views = tuple(user for user in node.users if user.target in VIEWS)
-            kind = type(facts.layer(node)).__name__ if node.op == "call_module" else str(node.target)
-            yield IdentitySite(site, (node, *(node.users if not same_layout(value, made) else ())), kind, views)
+            nodes = (node, *(node.users if not same_layout(value, made) else ()))
+            yield IdentitySite(site, nodes, str(node.target), views)
 
     def rewrite(self, editor: GraphEditor, site: IdentitySite) -> Rewrite:
         node = site.nodes[0]

@@ -1,4 +1,4 @@
-"""Sizes that a graph carries as constants, rewritten to what remains: views, expands, splits, slices, attention scale."""
+"""Sizes that a graph carries as constants, rewritten to what remains: views, splits, slices, attention scale."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def _sizes(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
 
 
 def _unflatten(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    source: Any
     source, dim, sizes = node.args
     rank = len(removal.builder.values[source])
-    first = int(dim) % rank  # type: ignore[arg-type,call-overload]
+    first = int(dim) % rank  # type: ignore[arg-type]
     layout = removal.builder.values[node][first : first + len(sizes)]  # type: ignore[arg-type]
     fresh = [
         size if not isinstance(size, int) or size == -1 else int(removal.kept(part))
@@ -133,9 +134,7 @@ _RULES: dict[Any, Any] = {
     **dict.fromkeys(_SIZED, _sizes),
     aten.unflatten.int: _unflatten,
     aten.expand.default: _expand,
-    **dict.fromkeys(
-        [aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default], _pieces
-    ),
+    **dict.fromkeys([aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default], _pieces),
     aten.slice.Tensor: _slice,
     aten.roll.default: _roll,
     aten.scaled_dot_product_attention.default: _attention,

@@ -14,7 +14,9 @@ from fxcompress.graph.edit import GraphEditor
 __all__ = ["shrink_weights"]
 
 
-def shrink_weights(graph_module: fx.GraphModule, removal: Removal, editor: GraphEditor) -> dict[str, dict[int, list[int]]]:
+def shrink_weights(
+    graph_module: fx.GraphModule, removal: Removal, editor: GraphEditor
+) -> dict[str, dict[int, list[int]]]:
     """Cut every weight that loses indices; a tied weight is cut once and stays tied.
 
     Returns:
@@ -60,10 +62,11 @@ def _cut(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor
 def _refitted(layer: nn.Module, tensors: dict[str, torch.Tensor], groups: int | None) -> nn.Module:
     """A copy of a layer with smaller tensors and the attributes that say so."""
     fresh = copy.copy(layer)
-    for store in ("_parameters", "_buffers", "_modules"):
-        fresh.__dict__[store] = dict(layer.__dict__[store])
+    for kind in ("_parameters", "_buffers", "_modules"):
+        fresh.__dict__[kind] = dict(layer.__dict__[kind])
     for name, tensor in tensors.items():
-        (fresh._parameters if name in fresh._parameters else fresh._buffers)[name] = tensor  # type: ignore[index]
+        store: Any = fresh._parameters if name in fresh._parameters else fresh._buffers
+        store[name] = tensor
     widths: Any = fresh
     if isinstance(fresh, nn.Linear):
         widths.out_features, widths.in_features = fresh.weight.shape
@@ -84,7 +87,7 @@ def _refitted(layer: nn.Module, tensors: dict[str, torch.Tensor], groups: int | 
     elif isinstance(fresh, nn.PReLU):
         widths.num_parameters = len(fresh.weight)
     elif isinstance(fresh, nn.RNNBase):
-        widths.hidden_size = fresh.weight_hh_l0.shape[1]
-        widths.input_size = fresh.weight_ih_l0.shape[1]
+        widths.hidden_size = widths.weight_hh_l0.shape[1]
+        widths.input_size = widths.weight_ih_l0.shape[1]
         widths._flat_weights = [getattr(fresh, name) for name in fresh._flat_weights_names]
     return fresh
