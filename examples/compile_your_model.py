@@ -47,7 +47,8 @@ def main() -> None:
     print(compiled)  # the graph
 
     print(compiled(torch.randn(5, 3, 40, 48))["logits"].shape)  # called as the model is
-    compiled.module.train()  # an ordinary module: fine-tune it, then go on
+    compiled.module.train()  # an ordinary module: fine-tune it here
+    compiled.module.eval()
 
     with tempfile.TemporaryDirectory() as directory:
         engine = compiled.export("onnxruntime", Path(directory) / "net.bundle")

@@ -349,7 +349,7 @@ def test_mistakes_of_ours_are_told_as_such(run: Callable[..., Result], monkeypat
 
 def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fxcompress.cli", "inspect", str(tmp_path), "--json"],
+        [sys.executable, "-m", "fxcompress", "inspect", str(tmp_path), "--json"],
         capture_output=True,
         text=True,
         check=False,

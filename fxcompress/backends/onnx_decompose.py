@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.graph.lowering import Lowering, to_exported_program
 from fxcompress.graph.trace import trace
 
-__all__ = ["OnnxReadyProgram", "Rewriter"]
+__all__ = ["OnnxReadyProgram", "Rewriter", "without_constant_outputs"]
 
 aten = torch.ops.aten
 
@@ -45,8 +45,17 @@ class OnnxReadyProgram(ExportedProgram):
 
     def run_decompositions(self, decomp_table: Any = None, *_: Any, **__: Any) -> ExportedProgram:
         """The program with every operation of ``decomp_table`` taken apart."""
-        self.decomposed = to_exported_program(self.source, rewrite=Rewriter(decomp_table or {}))
+        self.decomposed = without_constant_outputs(
+            to_exported_program(self.source, rewrite=Rewriter(decomp_table or {}))
+        )
         return self.decomposed
+
+
+def without_constant_outputs(program: ExportedProgram) -> ExportedProgram:
+    """Numbers among the outputs become None, which the exporter leaves out; it does not know numbers."""
+    output = program.graph.output_node()
+    output.args = (tuple(value if isinstance(value, fx.Node) else None for value in output.args[0]),)
+    return program
 
 
 class Rewriter:
@@ -82,7 +91,7 @@ class Rewriter:
 
             values = [operand.meta["val"] for operand in operands]
             self._traced[key] = trace(operation, values, lowering.mode, decompositions=self._table)
-        return lowering.inline(self._traced[key], operands)
+        return lowering.inline(self._traced[key], operands, origin=str(target))
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -139,7 +148,7 @@ def _cast(lowering: Lowering, a: dict[str, Any]) -> Any:
 
 
 def _reshape(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """One unknown size may be ``-1``. Sizes come from the result, which knows more of them than the arguments."""
+    """One unknown size may be ``-1``. What the arguments do not tell as a number, the result may know."""
     after = lowering.value
     if after is None:
         return NotImplemented
@@ -147,10 +156,14 @@ def _reshape(lowering: Lowering, a: dict[str, Any]) -> Any:
     if _sizes(before) == _sizes(after):
         return a["self"]
     sizes = [-1 if isinstance(size, torch.SymInt) else int(size) for size in after.shape]
+    given = a.get("size", [])
+    sizes = [
+        told if type(told) is int and told >= 0 else size for told, size in zip(given or sizes, sizes, strict=True)
+    ]
     if sizes.count(-1) > 1 or (-1 in sizes and 0 in sizes):
-        if "size" not in a:
+        if not given:
             return NotImplemented
-        sizes = a["size"]
+        sizes = given
     # Not a view: the exporter computes strides anew, and copies that made them fit are left out.
     return lowering.emit(aten.reshape.default, (a["self"], sizes), value=after)
 

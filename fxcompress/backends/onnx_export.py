@@ -26,7 +26,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxcompress.backends.onnx_cleanup import clean_up, resolve_casts
-from fxcompress.backends.onnx_decompose import OnnxReadyProgram
+from fxcompress.backends.onnx_decompose import OnnxReadyProgram, without_constant_outputs
 from fxcompress.backends.onnx_translate import translation_table
 from fxcompress.backends.onnx_weights import fold_weights, strip_weights, write_model
 from fxcompress.backends.signature import TensorSpec, signature_of
@@ -144,7 +144,7 @@ def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, 
         first = error
     # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.
     try:
-        model = _translate(to_exported_program(graph_module), opset, None)
+        model = _translate(without_constant_outputs(to_exported_program(graph_module)), opset, None)
     except torch.onnx.errors.OnnxExporterError:
         raise _explain(first, program.decomposed) from first
     reason = _innermost(first)
@@ -201,7 +201,8 @@ def _explain(error: Exception, decomposed: ExportedProgram | None) -> BackendErr
         )
     reason = _innermost(error)
     lacking = "No ONNX function" in reason
-    problem = f"ONNX has no form for {node.target}" if lacking else f"{node.target} cannot be translated: {reason}"
+    operation = node.meta.get("origin") or node.target
+    problem = f"ONNX has no form for {operation}" if lacking else f"{operation} cannot be translated: {reason}"
     return BackendError(
         problem,
         where=where(node),

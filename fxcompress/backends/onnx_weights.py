@@ -20,7 +20,7 @@ __all__ = ["fold_weights", "restore_weights", "strip_weights", "write_model"]
 
 Weights = dict[str, torch.Tensor]
 
-_SMALL = 1 << 10  # bytes; such a tensor may be a shape or an axis, which simplification has to see
+_SMALL = 1 << 10  # bytes; such a vector may be a shape or an axis, which simplification has to see
 _EMBED = 64 << 20  # bytes; with more weights than this they are a file of their own, which engines map into memory
 _ALIGNMENT = 4096  # of weights in that file
 
@@ -29,12 +29,12 @@ _KEPT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Identit
 
 
 def strip_weights(model: ir.Model) -> Weights:
-    """Make every weight of ``model`` a graph input of the same name; gives their tensors."""
+    """Make every weight of ``model`` a graph input of the same name; gives their tensors. Small vectors stay."""
     weights: Weights = {}
     for name, value in list(model.graph.initializers.items()):
         held = value.const_value
         raw = getattr(held, "raw", None)
-        if held is not None and held.nbytes > _SMALL and isinstance(raw, torch.Tensor):
+        if held is not None and isinstance(raw, torch.Tensor) and (raw.dim() > 1 or held.nbytes > _SMALL):
             weights[name] = raw.detach()
             del model.graph.initializers[name]
             model.graph.inputs.append(value)

@@ -145,7 +145,7 @@ class Functionalizer:
     def emit(self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
         """A new node that computes ``val``, with the source line of ``like``, named for what it does."""
         name = target._schema.name.partition("::")[2].strip("_")
-        meta = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+        meta: dict[str, Any] = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
         return self._create(target, args, kwargs, name, {**meta, "val": val})
 
     def _create(self, target: Any, args: Any, kwargs: Any, name: str, meta: dict[str, Any]) -> fx.Node:
@@ -163,19 +163,19 @@ class Functionalizer:
                 where=where(node),
                 remedy="write the model without it",
             )
-        target, op, args, kwargs = twin
+        target, op = twin.written, twin.target
         root = self._root.get(target, target)
         if root in self._protected:
             raise CaptureError(
-                f"the forward pass writes into {root.name!r}, a parameter, buffer or constant of the model",
+                f"the forward pass writes into {self.current[root].target!r}, a parameter, buffer or constant",
                 where=where(node),
                 remedy="keep state out of forward(), or return the new value as an output",
             )
         if root.op == "placeholder":
             self.written_inputs.add(root.name)
         before = target.meta["val"]
-        args, kwargs = map_arg(args, self.read), map_arg(kwargs, self.read)
-        made = result_of(op, args, kwargs, before, may_reshape=op._schema.name == node.target._schema.name)
+        args, kwargs = map_arg((twin.args, twin.kwargs), self.read)
+        made = result_of(op, args, kwargs, before, may_reshape=twin.may_reshape)
         if not views.same_sizes(made, before):
             raise CaptureError(
                 f"{node.target} writes a result of another shape into its argument",

@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         items = [_plain(item) for item in value]
         named = hasattr(value, "_fields")
-        return type(value)(*items) if named else type(value)(items)  # type: ignore[arg-type]
+        return type(value)(*items) if named else type(value)(items)
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):

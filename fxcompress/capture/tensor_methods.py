@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxcompress.capture.facts import DtypeOf, Sizes, Unknown
-
-if TYPE_CHECKING:
-    from fxcompress.capture.normalize import Normalizer
+from fxcompress.capture.traced_graph import TracedGraph
 
 __all__ = ["METHODS", "attribute", "getitem"]
 
 aten = torch.ops.aten
 
 
-def attribute(n: Normalizer, value: Any, name: str) -> Any:
+def attribute(n: TracedGraph, value: Any, name: str) -> Any:
     """``value.name``.
 
     Raises:
@@ -39,7 +37,7 @@ def attribute(n: Normalizer, value: Any, name: str) -> Any:
     if name == "ndim":
         return _rank(n, value)
     if name == "data":
-        return n.call("detach", value)
+        return _detach(n, value)
     if name in ("T", "mT"):
         return n.call("numpy_T" if name == "T" else name, value)
     raise Unknown(f"the attribute {name!r} of a tensor is not known")
@@ -48,7 +46,7 @@ def attribute(n: Normalizer, value: Any, name: str) -> Any:
 # --- indexing --------------------------------------------------------------------------------------------------
 
 
-def getitem(n: Normalizer, value: Any, index: Any) -> Any:
+def getitem(n: TracedGraph, value: Any, index: Any) -> Any:
     """``value[index]``.
 
     Raises:
@@ -67,7 +65,7 @@ def getitem(n: Normalizer, value: Any, index: Any) -> Any:
     return _index(n, value, index if isinstance(index, tuple) else (index,))
 
 
-def _sizes(n: Normalizer, sizes: Sizes, index: Any) -> Any:
+def _sizes(n: TracedGraph, sizes: Sizes, index: Any) -> Any:
     tensor, start = sizes.tensor, sizes.start
     if isinstance(index, int):
         return n.size(tensor, index + start if index >= 0 else index)
@@ -80,7 +78,7 @@ def _sizes(n: Normalizer, sizes: Sizes, index: Any) -> Any:
     raise Unknown("this part of a tensor's shape is not known")
 
 
-def _index(n: Normalizer, tensor: fx.Node, parts: tuple[Any, ...]) -> fx.Node:
+def _index(n: TracedGraph, tensor: fx.Node, parts: tuple[Any, ...]) -> fx.Node:
     dots = [position for position, part in enumerate(parts) if part is Ellipsis]
     if len(dots) > 1 or any(isinstance(part, (list, bool)) for part in parts):
         raise Unknown("an index of this kind has no ATen operation")
@@ -102,7 +100,7 @@ def _index(n: Normalizer, tensor: fx.Node, parts: tuple[Any, ...]) -> fx.Node:
     return tensor
 
 
-def _step(n: Normalizer, tensor: fx.Node, part: Any, dim: int, gathered: list[Any]) -> tuple[fx.Node, int]:
+def _step(n: TracedGraph, tensor: fx.Node, part: Any, dim: int, gathered: list[Any]) -> tuple[fx.Node, int]:
     """One part of an index applied at ``dim``; returns the tensor and the dim of the next part."""
     if part is None:
         gathered.append(None)
@@ -125,20 +123,24 @@ def _step(n: Normalizer, tensor: fx.Node, part: Any, dim: int, gathered: list[An
 # --- methods ---------------------------------------------------------------------------------------------------
 
 
-def _rank(n: Normalizer, tensor: fx.Node) -> int:
+def _detach(n: TracedGraph, tensor: fx.Node) -> fx.Node:
+    return n.call("detach", tensor) if n.is_trained(tensor) else tensor
+
+
+def _rank(n: TracedGraph, tensor: fx.Node) -> int:
     if tensor not in n.ranks:
         raise Unknown("the number of dims of a tensor is not known")
     return n.ranks[tensor]
 
 
-def _size(n: Normalizer, tensor: fx.Node, dim: int | None = None) -> Any:
+def _size(n: TracedGraph, tensor: fx.Node, dim: int | None = None) -> Any:
     return Sizes(tensor) if dim is None else n.size(tensor, dim)
 
 
 def _shaped(name: str) -> Callable[..., Any]:
     """``view``, ``reshape``, ``expand``: sizes one by one, as a list, or the whole shape of another tensor."""
 
-    def method(n: Normalizer, tensor: fx.Node, *sizes: Any, **named: Any) -> Any:
+    def method(n: TracedGraph, tensor: fx.Node, *sizes: Any, **named: Any) -> Any:
         given = sizes[0] if len(sizes) == 1 else sizes
         if isinstance(given, Sizes) and given.start == 0:
             return n.call(f"{name}_as", tensor, given.tensor)
@@ -149,7 +151,7 @@ def _shaped(name: str) -> Callable[..., Any]:
     return method
 
 
-def _split(n: Normalizer, tensor: fx.Node, split_size: Any, dim: int = 0) -> Any:
+def _split(n: TracedGraph, tensor: fx.Node, split_size: Any, dim: int = 0) -> Any:
     if isinstance(split_size, (list, tuple)):
         return n.emit(aten.split_with_sizes.default, (tensor, list(split_size), dim))
     return n.emit(aten.split.Tensor, (tensor, split_size, dim))
@@ -159,7 +161,7 @@ def _cast(dtype: torch.dtype) -> Callable[..., Any]:
     return lambda n, tensor: n.emit(aten.to.dtype, (tensor, dtype))
 
 
-def _to(n: Normalizer, tensor: fx.Node, *args: Any, **kwargs: Any) -> Any:
+def _to(n: TracedGraph, tensor: fx.Node, *args: Any, **kwargs: Any) -> Any:
     wanted = [*args, *kwargs.values()]
     devices = [item for item in wanted if isinstance(item, (str, torch.device))]
     if any(torch.device(device).type != n.device.type for device in devices):
@@ -176,7 +178,9 @@ def _to(n: Normalizer, tensor: fx.Node, *args: Any, **kwargs: Any) -> Any:
     raise Unknown("this conversion has no ATen operation")
 
 
-def _norm(n: Normalizer, tensor: fx.Node, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def _norm(
+    n: TracedGraph, tensor: fx.Node, p: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
     if isinstance(p, str) or dtype is not None:
         raise Unknown(f"a norm of the kind {p!r} has no ATen operation here")
     dims = [dim] if isinstance(dim, int) else dim
@@ -186,7 +190,7 @@ def _norm(n: Normalizer, tensor: fx.Node, p: Any = 2, dim: Any = None, keepdim: 
 def _spread(name: str) -> Callable[..., Any]:
     """``std`` and ``var``."""
 
-    def method(n: Normalizer, tensor: fx.Node, dim: Any = None, unbiased: bool = True, keepdim: bool = False) -> Any:
+    def method(n: TracedGraph, tensor: fx.Node, dim: Any = None, unbiased: bool = True, keepdim: bool = False) -> Any:
         if isinstance(dim, bool):
             dim, unbiased = None, dim
         if dim is None:
@@ -197,7 +201,7 @@ def _spread(name: str) -> Callable[..., Any]:
 
 
 def _unknown(what: str) -> Callable[..., Any]:
-    def method(n: Normalizer, *args: Any, **kwargs: Any) -> Any:
+    def method(n: TracedGraph, *args: Any, **kwargs: Any) -> Any:
         raise Unknown(f"{what} is not known")
 
     return method
@@ -205,6 +209,7 @@ def _unknown(what: str) -> Callable[..., Any]:
 
 METHODS: dict[str, Callable[..., Any]] = {
     "size": _size,
+    "detach": _detach,
     "dim": _rank,
     "ndimension": _rank,
     "view": _shaped("view"),

@@ -1,100 +1,31 @@
-"""Python's operators, and the functions of torch that are not simply the ATen operation of their name."""
+"""The functions of ``torch`` and ``torch.nn.functional`` that are not simply the ATen operation of their name."""
 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import fx
 from torch.nn import functional as F
 
 from fxcompress.capture import tensor_methods
 from fxcompress.capture.facts import Sizes, Unknown
+from fxcompress.capture.traced_graph import TracedGraph
 
-if TYPE_CHECKING:
-    from fxcompress.capture.normalize import Normalizer
-
-__all__ = ["FUNCTIONS", "KEEP_RANK", "operate"]
+__all__ = ["FUNCTIONS"]
 
 aten = torch.ops.aten
-
-# Beside the pointwise ones, operations whose result has as many dims as their argument.
-KEEP_RANK = {
-    *(aten.cat.default, aten.slice.Tensor, aten.dropout.default, aten.feature_dropout.default, aten.softmax.int),
-    *(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.pad.default),
-    *(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, aten.contiguous.default),
-    *(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default),
-    *(aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec, aten.upsample_nearest3d.vec, aten.layer_norm.default),
-    *(aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten.upsample_trilinear3d.vec, aten.to.dtype),
-}
-
-# --- operators -------------------------------------------------------------------------------------------------
-
-_NAMES: dict[Any, str] = {
-    operator.truediv: "div",
-    operator.floordiv: "floor_divide",
-    operator.mod: "remainder",
-    operator.and_: "__and__",
-    operator.or_: "__or__",
-    operator.xor: "__xor__",
-    operator.lshift: "__lshift__",
-    operator.rshift: "__rshift__",
-    operator.invert: "bitwise_not",
-    operator.pos: "positive",
-}
-_MIRRORED: dict[Any, Any] = {
-    operator.add: operator.add,
-    operator.mul: operator.mul,
-    operator.and_: operator.and_,
-    operator.or_: operator.or_,
-    operator.xor: operator.xor,
-    operator.eq: operator.eq,
-    operator.ne: operator.ne,
-    operator.lt: operator.gt,
-    operator.gt: operator.lt,
-    operator.le: operator.ge,
-    operator.ge: operator.le,
-}
-
-
-def operate(n: Normalizer, function: Any, args: tuple[Any, ...]) -> Any:
-    """An operator on tensors, on sizes, or on lists of sizes.
-
-    Raises:
-        Unknown: its arguments are neither.
-    """
-    if not any(n.is_tensor(item) for item in args):
-        if not any(isinstance(item, (fx.Node, Sizes)) for item in args):
-            if all(isinstance(item, (list, tuple)) for item in args):
-                args = tuple(list(item) for item in args)  # shapes that are put together
-            return function(*args)
-        return n.emit(function, args)
-    name = _NAMES.get(function, function.__name__.strip("_"))
-    if len(args) == 2 and not n.is_tensor(args[0]):
-        number, tensor = args
-        if function in _MIRRORED:
-            return operate(n, _MIRRORED[function], (tensor, number))
-        if function is operator.sub:
-            return n.call("rsub", tensor, number)
-        if function is operator.truediv:
-            return n.call("mul", n.call("reciprocal", tensor), number)
-    return n.call(name, *args)
-
-
-# --- torch.nn.functional ---------------------------------------------------------------------------------------
 
 Handler = Callable[..., Any]
 
 
-def _named(function: Any, body: Callable[[Normalizer, SimpleNamespace], Any]) -> tuple[Any, Handler]:
+def _named(function: Any, body: Callable[[TracedGraph, SimpleNamespace], Any]) -> tuple[Any, Handler]:
     """An entry whose ``body`` gets the arguments of ``function`` by name, defaults filled in."""
     signature = inspect.signature(function)
 
-    def handler(n: Normalizer, *args: Any, **kwargs: Any) -> Any:
+    def handler(n: TracedGraph, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return body(n, SimpleNamespace(**bound.arguments))
@@ -103,7 +34,7 @@ def _named(function: Any, body: Callable[[Normalizer, SimpleNamespace], Any]) ->
 
 
 def _activation(function: Any, *options: str) -> tuple[Any, Handler]:
-    def body(n: Normalizer, a: SimpleNamespace) -> Any:
+    def body(n: TracedGraph, a: SimpleNamespace) -> Any:
         value = n.call(function.__name__, a.input, *(getattr(a, name) for name in options))
         return n.write(a.input, value) if getattr(a, "inplace", False) else value
 
@@ -111,7 +42,7 @@ def _activation(function: Any, *options: str) -> tuple[Any, Handler]:
 
 
 def _dropout(function: Any, name: str) -> tuple[Any, Handler]:
-    def body(n: Normalizer, a: SimpleNamespace) -> Any:
+    def body(n: TracedGraph, a: SimpleNamespace) -> Any:
         value = n.call(name, a.input, a.p, a.training)
         return n.write(a.input, value) if a.inplace else value
 
@@ -119,7 +50,7 @@ def _dropout(function: Any, name: str) -> tuple[Any, Handler]:
 
 
 def _softmax(function: Any, name: str) -> tuple[Any, Handler]:
-    def body(n: Normalizer, a: SimpleNamespace) -> Any:
+    def body(n: TracedGraph, a: SimpleNamespace) -> Any:
         if a.dim is None:
             raise Unknown(f"{name} without dim is not known")
         value = n.call("neg", a.input) if function is F.softmin else a.input
@@ -131,7 +62,7 @@ def _softmax(function: Any, name: str) -> tuple[Any, Handler]:
 def _pool(function: Any, name: str) -> tuple[Any, Handler]:
     """Torch dispatches on ``return_indices`` by itself; what it records has no signature."""
 
-    def handler(n: Normalizer, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+    def handler(n: TracedGraph, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
         if name.startswith("adaptive"):
             values = n.call(name, *args, **kwargs)
             return values if return_indices else values[0]
@@ -142,7 +73,7 @@ def _pool(function: Any, name: str) -> tuple[Any, Handler]:
 
 
 def _adaptive_average(function: Any) -> tuple[Any, Handler]:
-    def body(n: Normalizer, a: SimpleNamespace) -> Any:
+    def body(n: TracedGraph, a: SimpleNamespace) -> Any:
         wanted = a.output_size
         if isinstance(wanted, (list, tuple)):
             wanted = [n.size(a.input, i - len(wanted)) if size is None else size for i, size in enumerate(wanted)]
@@ -154,7 +85,7 @@ def _adaptive_average(function: Any) -> tuple[Any, Handler]:
 _MODES = {"linear": 1, "bilinear": 2, "bicubic": 2, "trilinear": 3}
 
 
-def _interpolate(n: Normalizer, a: SimpleNamespace) -> Any:
+def _interpolate(n: TracedGraph, a: SimpleNamespace) -> Any:
     dims = _MODES.get(a.mode)
     for given in (a.size, a.scale_factor):
         if isinstance(given, (list, tuple)):
@@ -179,28 +110,28 @@ def _interpolate(n: Normalizer, a: SimpleNamespace) -> Any:
     return n.emit(target, (a.input, None if size is None else list(size), *corners, scales))
 
 
-def _pad(n: Normalizer, a: SimpleNamespace) -> Any:
+def _pad(n: TracedGraph, a: SimpleNamespace) -> Any:
     plain = () if a.mode == "constant" and a.value is None else (a.mode, a.value)
     return n.call("pad", a.input, list(a.pad), *plain)
 
 
-def _layer_norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _layer_norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("layer_norm", a.input, list(a.normalized_shape), a.weight, a.bias, a.eps)
 
 
-def _group_norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _group_norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("group_norm", a.input, a.num_groups, a.weight, a.bias, a.eps)
 
 
-def _rms_norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _rms_norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("rms_norm", a.input, list(a.normalized_shape), a.weight, a.eps)
 
 
-def _batch_norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _batch_norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     raise Unknown("the rank of a batch norm that is called as a function is not known")
 
 
-def _instance_norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _instance_norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     if any(item is not None for item in (a.weight, a.bias, a.running_mean, a.running_var)):
         raise Unknown("the rank of an instance norm that is called as a function is not known")
     cudnn = torch.backends.cudnn.enabled
@@ -209,7 +140,7 @@ def _instance_norm(n: Normalizer, a: SimpleNamespace) -> Any:
     )
 
 
-def _embedding(n: Normalizer, a: SimpleNamespace) -> Any:
+def _embedding(n: TracedGraph, a: SimpleNamespace) -> Any:
     if a.max_norm is not None:
         raise Unknown("an embedding with max_norm writes into its weight, which cannot be followed")
     padding = a.padding_idx
@@ -220,35 +151,35 @@ def _embedding(n: Normalizer, a: SimpleNamespace) -> Any:
     return n.call("embedding", a.weight, a.input, padding, a.scale_grad_by_freq, a.sparse)
 
 
-def _normalize(n: Normalizer, a: SimpleNamespace) -> Any:
+def _normalize(n: TracedGraph, a: SimpleNamespace) -> Any:
     dims = [a.dim] if isinstance(a.dim, int) else list(a.dim)
     length = n.call("clamp_min", n.call("linalg_vector_norm", a.input, a.p, dims, True), a.eps)
     return n.call("div", a.input, n.call("expand_as", length, a.input))
 
 
-def _softsign(n: Normalizer, a: SimpleNamespace) -> Any:
+def _softsign(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("div", a.input, n.call("add", n.call("abs", a.input), 1))
 
 
-def _tanhshrink(n: Normalizer, a: SimpleNamespace) -> Any:
+def _tanhshrink(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("sub", a.input, n.call("tanh", a.input))
 
 
-def _grid_sample(n: Normalizer, a: SimpleNamespace) -> Any:
+def _grid_sample(n: TracedGraph, a: SimpleNamespace) -> Any:
     mode = ("bilinear", "nearest", "bicubic").index(a.mode)
     padding = ("zeros", "border", "reflection").index(a.padding_mode)
     return n.call("grid_sampler", a.input, a.grid, mode, padding, bool(a.align_corners))
 
 
-def _unfold(n: Normalizer, a: SimpleNamespace) -> Any:
+def _unfold(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("im2col", a.input, a.kernel_size, a.dilation, a.padding, a.stride)
 
 
-def _fold(n: Normalizer, a: SimpleNamespace) -> Any:
+def _fold(n: TracedGraph, a: SimpleNamespace) -> Any:
     return n.call("col2im", a.input, a.output_size, a.kernel_size, a.dilation, a.padding, a.stride)
 
 
-def _einsum(n: Normalizer, *args: Any) -> Any:
+def _einsum(n: TracedGraph, *args: Any) -> Any:
     equation, *operands = args
     if not isinstance(equation, str):
         raise Unknown("einsum with lists of dims has no ATen operation here")
@@ -257,12 +188,12 @@ def _einsum(n: Normalizer, *args: Any) -> Any:
     return n.call("einsum", equation, operands)
 
 
-def _meshgrid(n: Normalizer, *tensors: Any, indexing: str = "ij") -> Any:
+def _meshgrid(n: TracedGraph, *tensors: Any, indexing: str = "ij") -> Any:
     given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
     return n.call("meshgrid", list(given), indexing=indexing)
 
 
-def _norm(n: Normalizer, a: SimpleNamespace) -> Any:
+def _norm(n: TracedGraph, a: SimpleNamespace) -> Any:
     return tensor_methods.METHODS["norm"](n, a.input, 2 if a.p == "fro" else a.p, a.dim, a.keepdim, a.dtype)
 
 

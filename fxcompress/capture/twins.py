@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -16,8 +16,20 @@ __all__ = ["Twin", "functional_twin", "result_of"]
 
 aten = torch.ops.aten
 
-Twin = tuple[fx.Node, Any, tuple[Any, ...], dict[str, Any]]
-"""The tensor that is written, and the operation with its arguments that gives the new value."""
+
+class Twin(NamedTuple):
+    """The tensor that is written, and the operation that gives the new value.
+
+    Attributes:
+        may_reshape: what is written may take another shape: ``out=`` resizes.
+    """
+
+    written: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    may_reshape: bool = False
+
 
 # Operations that torch writes as operators of their own: ``mask &= other`` is ``__iand__``.
 _OPERATORS = re.compile(r"__i(and|or|xor|lshift|rshift)__")
@@ -36,7 +48,7 @@ def functional_twin(node: fx.Node) -> Twin | None:
     if not isinstance(old, fx.Node) or not target._schema.arguments[0].is_write:
         return None
     if target is aten.zero_.default:
-        return old, aten.zeros_like.default, (old,), {}
+        return Twin(old, aten.zeros_like.default, (old,), {})
     name = target._schema.name.partition("::")[2]
     if _OPERATORS.fullmatch(name):
         name = name.replace("__i", "__")
@@ -46,7 +58,7 @@ def functional_twin(node: fx.Node) -> Twin | None:
         return None
     packet = getattr(getattr(torch.ops, target.namespace), name, None)
     overload = getattr(packet, target._overloadname, None)
-    return None if overload is None else (old, overload, node.args, dict(node.kwargs))
+    return None if overload is None else Twin(old, overload, node.args, dict(node.kwargs))
 
 
 def _of_out_variant(node: fx.Node, target: torch._ops.OpOverload, out: str) -> Twin | None:
@@ -58,7 +70,7 @@ def _of_out_variant(node: fx.Node, target: torch._ops.OpOverload, out: str) -> T
         overload = getattr(packet, name)
         found = [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
         if found == expected and not overload._schema.is_mutable and isinstance(old, fx.Node):
-            return old, overload, node.args, kwargs
+            return Twin(old, overload, node.args, kwargs, may_reshape=True)
     return None
 
 

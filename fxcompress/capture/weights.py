@@ -61,7 +61,7 @@ class Weights:
             setattr(made, name, self.of(parameter))
         for name, buffer in theirs.named_buffers(recurse=False):
             made._buffers[name] = self.own(buffer)
-        if hasattr(made, "inplace"):
+        if isinstance(made, (nn.modules.dropout._DropoutNd, nn.RReLU)):
             made.inplace = False
         return made.eval()
 

@@ -126,9 +126,20 @@ class Lowering:
         owner = self._source.get_submodule(self._layer)
         return None if getattr(owner, name, None) is None else self._lifted.tensor(f"{self._layer}.{name}")
 
-    def inline(self, recorded: fx.GraphModule, operands: list[Any], *, rewrite: bool = False) -> Any:
-        """Append the operations of a traced graph on ``operands``, rewritten if that is asked for; gives its result."""
+    def inline(
+        self, recorded: fx.GraphModule, operands: list[Any], *, rewrite: bool = False, origin: str | None = None
+    ) -> Any:
+        """Append the operations of a traced graph on ``operands``; gives its result.
+
+        Args:
+            recorded: as :func:`fxcompress.graph.trace.trace` gives it.
+            operands: one per placeholder.
+            rewrite: rewrite the operations too.
+            origin: what they were before they were taken apart, for error messages: ``meta["origin"]`` of the nodes.
+        """
         write = self._write if rewrite else self._append
+        if origin is not None:
+            self._meta["origin"] = origin
         values: dict[fx.Node, Any] = {}
         given = iter(operands)
         for node in recorded.graph.nodes:
@@ -137,6 +148,7 @@ class Lowering:
             elif node.op == "get_attr":
                 values[node] = self._lifted.constant(getattr(recorded, str(node.target)))
             elif node.op == "output":
+                self._meta.pop("origin", None)
                 return map_arg(node.args[0], values.__getitem__)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)

@@ -1,7 +1,7 @@
 """A graph as JSON and a dict of tensors, and back: without the model's code, without pickle.
 
 ``graph_to_json(graph_module)`` tells nodes, layers, sizes and structure; ``weights(graph_module)`` gives the tensors
-for ``safetensors``; ``load_graph(document, tensors)`` makes an equal graph, which runs, trains, and is compiled further.
+for ``safetensors``; ``load_graph(document, tensors)`` makes an equal graph: it runs, trains, and is compiled further.
 
 What comes back differently: a dataclass or a ``transformers`` ``ModelOutput`` among the outputs becomes a
 :class:`~fxcompress.graph.record.Record` (a dict whose fields are attributes too), because its class may not exist where

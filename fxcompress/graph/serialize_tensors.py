@@ -146,8 +146,8 @@ def _bounds(paths: list[tuple[str, torch.Tensor]]) -> tuple[int, int]:
     if len({tensor.dtype for _, tensor in paths}) > 1:
         names = ", ".join(path for path, _ in paths)
         raise unserializable("tensors of different dtypes lie in one storage", names, "give each its own memory")
-    low = min(tensor.storage_offset() for _, tensor in paths)
-    return low, max(tensor.storage_offset() + _extent(tensor.shape, tensor.stride()) for _, tensor in paths)
+    spans = [(int(tensor.storage_offset()), _extent(tensor.shape, tensor.stride())) for _, tensor in paths]
+    return min(start for start, _ in spans), max(start + extent for start, extent in spans)
 
 
 def _extent(shape: Any, stride: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _NAMESPACES = {"aten", "prims", "quantized_decomposed", "torchvision"}
 # These compute nothing: they map a file of the document's choosing into memory.
 _FORBIDDEN = {"from_file", "_from_file"}
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_FUNCTIONS: dict[str, Any] = {
     ("torch." if function.__module__ == "torch" else "operator.") + function.__name__: function
     for function in (*SIZE_ARITHMETIC, operator.getitem)
 }
@@ -206,7 +206,7 @@ def decode(value: Any, nodes: Mapping[str, Any], device: torch.device | None, wh
             return float(inner)
         if kind in ("tuple", "complex", "slice") and isinstance(inner, list):
             items = [decode(item, nodes, device, where) for item in inner]
-            return {"tuple": lambda *parts: parts, "complex": complex, "slice": slice}[kind](*items)
+            return tuple(items) if kind == "tuple" else complex(*items) if kind == "complex" else slice(*items)
         if kind == "dict" and isinstance(inner, list):
             return {decode(key, nodes, device, where): decode(item, nodes, device, where) for key, item in inner}
         if kind == "device" and isinstance(inner, str):

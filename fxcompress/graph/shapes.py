@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -89,8 +90,15 @@ def infer(graph_module: fx.GraphModule, node: fx.Node) -> Any:
     args = map_arg(node.args, lambda n: n.meta["val"])
     kwargs = map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
-        # Some composites (recurrent layers) take symbolic sizes only through their Python decomposition.
-        with mode, torch.no_grad(), no_guards(mode), enable_python_dispatcher():
+        # Some composites (recurrent layers) take symbolic sizes only through their Python decomposition. What torch
+        # warns of, it warns of when the graph runs.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            mode,
+            torch.no_grad(),
+            no_guards(mode),
+            enable_python_dispatcher(),
+        ):
             if node.op == "call_function":
                 assert callable(node.target)
                 return node.target(*args, **kwargs)

@@ -299,7 +299,7 @@ FUNCTIONS: dict[str, Callable[[T], Any]] = {
     "same_shape": lambda x: (
         x.flatten(1).view(x.shape) + x.mean((2, 3), keepdim=True).expand(x.shape) + x.flatten().reshape(x.size())
     ),
-    "put_together": lambda x: x.view(x.shape[:2] + (36,)) + x.view(*(x.shape[0], x.shape[1]), 36),
+    "put_together": lambda x: x.view(x.shape[:2] + torch.Size([36])) + x.view(*(x.shape[0], x.shape[1]), 36),
     "containers": lambda x: {"a": [x, (x * 2, None)], "b": Pair(x, x + 1), "c": 3, "d": "text"},
     "einops": lambda x: x.unflatten(1, (2, 2)).sum(1) + x.masked_fill(x.isnan(), 0)[:, :2] + x.nan_to_num()[:, 2:],
 }
@@ -350,7 +350,17 @@ def read_before(x: T) -> T:
     return y + z
 
 
-@pytest.mark.parametrize("function", [renamed, chained, of_a_view, zeroed, read_before], ids=lambda f: f.__name__)
+def other_dtype(x: T) -> T:
+    z = (x > 0).to(torch.int32)
+    y = x.half()  # may be x itself, for all that is known: x is not read again
+    z.add_(y.long())
+    y += z.float()
+    return y * z
+
+
+@pytest.mark.parametrize(
+    "function", [renamed, chained, of_a_view, zeroed, read_before, other_dtype], ids=lambda f: f.__name__
+)
 def test_writes_become_values(function: Callable[[T], T]) -> None:
     traced(Of(function), IMAGE)
 

@@ -129,6 +129,7 @@ class Recurrent(nn.Module):
         return {"y": y, "states": [hidden, (cell, state)], "last": last, "none": None, "input": x}
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 def test_recurrent_layers_and_nested_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "trace", None)
     make = _seeded(lambda batch: {"x": torch.randn(batch, 5, 8), "h": torch.randn(1, batch, 4)})
@@ -187,7 +188,7 @@ def test_it_can_be_saved_and_loaded() -> None:
 def test_metadata_stays_on_the_nodes() -> None:
     program = check(Tied(), IDS)
     call = next(n for n in program.graph.nodes if n.target is aten.embedding.default)
-    assert call.name == "embedding" and "test_lowering.py" in call.meta["stack_trace"]
+    assert call.name.startswith("embedding") and "test_lowering.py" in call.meta["stack_trace"]
     assert next(reversed(call.meta["nn_module_stack"].values()))[0] == "embedding"
     assert str(call.meta["val"].shape[0]).startswith("s")
 
@@ -247,7 +248,7 @@ def test_a_layer_without_a_rule_is_traced_alone() -> None:
 
 def test_padding_modes_become_a_pad() -> None:
     for mode, padding in (("reflect", 1), ("circular", "same"), ("replicate", "valid"), ("zeros", "same")):
-        conv = nn.Conv1d(1, 1, 2, padding=padding, padding_mode=mode)
+        conv = nn.Conv1d(1, 1, 3, padding=padding, padding_mode=mode)
         graph = capture(nn.Sequential(nn.Conv1d(1, 1, 1)).eval(), (torch.randn(2, 1, 6),))
         with GraphEditor(graph) as editor:
             editor.set_module("0", conv)

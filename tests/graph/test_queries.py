@@ -90,7 +90,7 @@ def test_ties_and_calls_are_different_things():
     assert not index.is_tied("body.weight")
     assert len(index.calls["body"]) == 2
     users = index.users_of("embedding.weight")
-    assert [user.path for user in users] == ["decoder.weight", "embedding.weight"]
+    assert [user.path for user in users] == ["embedding.weight", "decoder.weight"]
     # The sum reads the weight beside the layers, under one of its names.
     assert {node.op for user in users for node in user.nodes} == {"call_module", "get_attr"}
 

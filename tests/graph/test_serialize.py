@@ -26,7 +26,6 @@ from fxcompress.graph.info import info
 from fxcompress.graph.record import Record
 from fxcompress.graph.verify import verify
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
 
@@ -313,7 +312,7 @@ def test_the_loaded_graph_can_be_copied_edited_and_captured(tmp_path: Path) -> N
 def test_loads_where_the_class_of_the_model_does_not_exist(tmp_path: Path) -> None:
     x = images()
     graph = capture(Attention().eval(), x)
-    document, weights = saved(graph, tmp_path)
+    document, _ = saved(graph, tmp_path)
     (tmp_path / "graph.json").write_text(json.dumps(document))
     save_file({"x": x[0], "y": graph(*x).detach().contiguous()}, tmp_path / "data.safetensors")
     code = f"""

@@ -1,0 +1,7 @@
+"""``python -m fxcompress`` is the ``fxcompress`` command."""
+
+import sys
+
+from fxcompress.cli import main
+
+sys.exit(main())
