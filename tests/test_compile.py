@@ -183,6 +183,15 @@ def _broken(value: float) -> nn.Module:
     return model
 
 
+class _NeedsInputs(Pass):
+    name = "needs_inputs"
+    numerics = Numerics.EXACT
+    needs_inputs = True
+
+    def run(self, graph_module: torch.fx.GraphModule, context: Any) -> PassResult:
+        raise AssertionError("not reached")
+
+
 LINEAR = nn.Linear(4, 4).eval()
 X = torch.randn(2, 4)
 
@@ -212,11 +221,7 @@ BAD: dict[str, tuple[dict[str, Any], type[FxCompressError], str]] = {
     "an unknown backend": ({"backend": "onnxrutime"}, OptionError, "did you mean 'onnxruntime'"),
     "a number for a backend": ({"backend": 3}, OptionError, "int"),
     "an engine without shapes": ({"example_inputs": None, "backend": "onnxruntime"}, OptionError, "example_inputs"),
-    "a pass without shapes": (
-        {"example_inputs": None, "passes": ["fuse_modules"]},
-        PreconditionError,
-        "example_inputs",
-    ),
+    "a pass without inputs": ({"example_inputs": None, "passes": [_NeedsInputs()]}, PreconditionError, "inputs"),
     "unknown dynamic shapes": ({"dynamic_shapes": "all"}, OptionError, "'batch'"),
     "a dynamic dim of no argument": ({"dynamic_shapes": {"y": {0: "n"}}}, OptionError, "'y'"),
     "unknown progress": ({"progress": "bar"}, OptionError, "progress"),

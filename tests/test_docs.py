@@ -93,10 +93,11 @@ def test_command_line_page_lists_every_key_of_a_recipe() -> None:
 
 def test_fusion_page_lists_every_rule_and_reason() -> None:
     page = (ROOT / "docs" / "fuse_modules.md").read_text(encoding="utf-8")
-    sources = (ROOT / "fxcompress" / "passes" / "fusion").glob("*.py")
+    passes = ROOT / "fxcompress" / "passes"
+    sources = [passes / "fuse_modules.py", *(passes / "fusion").glob("*.py")]
     text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     rules = re.findall(r'name: ClassVar\[str\] = "(\w+)"', text)
-    codes = re.findall(r'Skip\(\s*[^,"]+,\s*"(\w+)"', text)
+    codes = re.findall(r'Skip\(\s*[^,]+,\s*"(\w+)"', text)
     assert len(rules) >= 10
     assert len(codes) >= 10
-    assert [name for name in sorted({*rules, *codes}) if f"`{name}`" not in page] == []
+    assert [name for name in sorted({*rules, *codes} - {"fuse_modules"}) if f"`{name}`" not in page] == []

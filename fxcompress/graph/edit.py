@@ -66,12 +66,17 @@ class GraphEditor:
         self._touched = True
         return path
 
-    def set_module(self, path: str, module: nn.Module) -> None:
-        """Put ``module`` in the place of the layer at ``path``, for every node that calls it."""
+    def set_module(self, path: str, module: nn.Module, *, reshaped: bool = True) -> None:
+        """Put ``module`` in the place of the layer at ``path``, for every node that calls it.
+
+        ``reshaped=False`` promises that what it produces keeps shape and dtype, as a layer with other weights does:
+        then nothing is propagated again.
+        """
         previous = self.graph_module.get_submodule(path)
         module.train(previous.training)
         self._owner(path)._modules[path.rpartition(".")[2]] = module
-        self._rewritten.add(path)
+        if reshaped:
+            self._rewritten.add(path)
         self._touched = True
 
     def add_tensor(self, hint: str, tensor: torch.Tensor, *, parameter: bool = False, persistent: bool = True) -> str:

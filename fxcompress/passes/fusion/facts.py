@@ -104,6 +104,8 @@ class Facts:
         if others:
             reason = f"The layer {node.target!r} is called {len(others) + 1} times; its weights serve every call."
             return Skip(site, "shared_layer", reason, others)
-        if any(tensor.device.type == "meta" for tensor in self.layer(node).parameters()):
-            return Skip(site, "no_data", f"The weights of {node.target!r} are on the meta device.", (node.name,))
+        for tensor in self.layer(node).parameters():
+            if tensor.device.type == "meta" or type(tensor) is not nn.Parameter:
+                reason = f"A weight of {node.target!r} has no plain numbers: it is on the meta device, or packed."
+                return Skip(site, "no_data", reason, (node.name,))
         return self.tied(site, node)

@@ -3,7 +3,8 @@
 layer → ·s → +t  ⇒  layer      W' = s·W,  b' = s·b + t                 (layer scale, frozen batch norm, gains)
 ·s → +t → layer  ⇒  layer      W' = W·s,  b' = b + Σ W·t               (input normalisation)
 
-The first also for the learned scale and shift of a batch, layer, group or RMS norm. A constant may be a number, a
+The first also for the learned scale and shift of a batch, layer, group or RMS norm, the second for the statistics of a
+batch norm. A constant may be a number, a
 buffer or a parameter, along one dimension (or none). Not legal when the dimension is not that of the layer's
 channels, when somebody reads the value in between, when a weight or a learned constant is tied, for a shift into a norm
 without bias, and for a shift before a layer that pads.
@@ -29,6 +30,7 @@ from fxcompress.passes.fusion.fold_norm_after import not_finite
 
 __all__ = ["FoldAffine"]
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS: tuple[type[nn.Module], ...] = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -73,7 +75,7 @@ class FoldAffine(Rule[AffineSite]):
         origin = trace_back(steps[0].node, steps[0].data, dim)
         for ahead in (False, True):
             call = origin.node if not ahead else next(iter(steps[-1].node.users), None)
-            layer = facts.layer_of(call, *layers.LINEARS, *(() if ahead else _NORMS))
+            layer = facts.layer_of(call, *layers.LINEARS, *(_BATCH_NORMS if ahead else _NORMS))
             if call is None or layer is None:
                 continue  # no such neighbour
             found = self._check(facts, steps, affine, dim, call, layer, origin if not ahead else None)
@@ -120,7 +122,10 @@ class FoldAffine(Rule[AffineSite]):
 
     def rewrite(self, editor: GraphEditor, site: AffineSite) -> Rewrite:
         into = str(site.call.target)
-        editor.set_module(into, (layers.before if site.ahead else layers.after)(site.layer, site.affine))
+        fold: Any = layers.after
+        if site.ahead:
+            fold = layers.before_norm if type(site.layer) in _BATCH_NORMS else layers.before
+        editor.set_module(into, fold(site.layer, site.affine), reshaped=False)
         editor.replace(site.steps[-1].node, site.steps[0].data)
         detail = {
             "rule": self.name,
@@ -143,9 +148,14 @@ def _no_room(layer: Any, affine: Affine, *, ahead: bool) -> tuple[str, str] | No
         return "no_affine", "The norm has no learned scale that the arithmetic could go into."
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) != 1:
         return "channel_mismatch", "The norm runs over several dimensions."
+    if ahead and type(layer) in _BATCH_NORMS:
+        if layer.running_mean is None:
+            return "batch_statistics", "The norm uses the statistics of the batch, so the scale cancels but for ε."
+        if layers.before_norm(layer, affine) is None:
+            return "not_finite", "Undone in the statistics of the norm, the map would leave no positive variance."
     if not affine.shifts():
         return None
     if isinstance(layer, nn.RMSNorm):
         return "no_bias", "An RMS norm has no bias that could take up the shift."
-    obstacle = layers.no_shift_before(layer) if ahead else None
+    obstacle = layers.no_shift_before(layer) if ahead and type(layer) not in _BATCH_NORMS else None
     return None if obstacle is None else ("padded_shift", f"The chain shifts its input, and {obstacle}.")

@@ -184,6 +184,8 @@ def _heirs(
         if owner is None or tensor is None or value is None:
             continue  # not a weight, or one that more than one constant is made of
         fits = isinstance(tensor, nn.Parameter) == _stays_parameter(value, origins[owner])
+        if facts.readers(str(node.target)) != [node]:
+            continue  # a layer or another constant reads it under this name, too
         if fits and tensor.numel() > sizes.get(owner, 0):
             heirs[owner], sizes[owner] = node, tensor.numel()
     return heirs

@@ -77,7 +77,7 @@ class FoldNormAfter(Rule[NormSite]):
         return NormSite(site, (norm, call), norm, call, layer, affine)
 
     def rewrite(self, editor: GraphEditor, site: NormSite) -> Rewrite:
-        editor.set_module(str(site.call.target), layers.after(site.layer, site.affine))
+        editor.set_module(str(site.call.target), layers.after(site.layer, site.affine), reshaped=False)
         editor.replace(site.norm, site.norm.args[0])  # type: ignore[arg-type]
         into = str(site.call.target)
         detail = {"rule": self.name, "layers": [into, site.name], "weight": list(site.layer.weight.shape)}

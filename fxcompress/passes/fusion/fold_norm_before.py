@@ -75,7 +75,7 @@ class FoldNormBefore(Rule[NormSite]):
 
     def rewrite(self, editor: GraphEditor, site: NormSite) -> Rewrite:
         into = str(site.call.target)
-        editor.set_module(into, layers.before(site.layer, site.affine))
+        editor.set_module(into, layers.before(site.layer, site.affine), reshaped=False)
         editor.replace(site.norm, site.norm.args[0])  # type: ignore[arg-type]
         detail = {"rule": self.name, "layers": [site.name, into], "weight": list(site.layer.weight.shape)}
         return Rewrite(site.name, f"folded into {into}", detail)

@@ -24,6 +24,7 @@ __all__ = [
     "TRANSPOSED",
     "after",
     "before",
+    "before_norm",
     "channel_dim",
     "dtype_fits",
     "input_channels",
@@ -119,6 +120,25 @@ def before(layer: LayerT, affine: Affine) -> LayerT:
     kept = 2 if transposed else 1
     shift = pushed.sum([dim for dim in range(1, split.dim()) if dim != kept]).reshape(-1)
     return with_tensors(layer, scaled.reshape(weight.shape), shift if bias is None else bias.double() + shift)
+
+
+def before_norm(layer: LayerT, affine: Affine) -> LayerT | None:
+    """A batch norm preceded by ``affine``, which goes into the statistics so that it trains as before.
+
+    norm(s·x + t) has μ' = (μ − t)/s, σ'² + ε = (σ² + ε)/s² and γ' = γ·sign(s). None where s is zero or so large that
+    σ'² would not be positive.
+    """
+    norm: Any = layer
+    affine = affine.on(norm.running_mean.shape[0], norm.running_mean.device)
+    variance = (norm.running_var.detach().double() + norm.eps) / affine.scale.square() - norm.eps
+    mean = (norm.running_mean.detach().double() - affine.shift) / affine.scale
+    if not bool(((variance > 0) & variance.isfinite() & mean.isfinite()).all()):
+        return None
+    weight, bias = _tensors(norm)
+    made = with_tensors(layer, weight * affine.scale.sign(), bias)
+    made._buffers["running_mean"] = mean.to(norm.running_mean.dtype)
+    made._buffers["running_var"] = variance.to(norm.running_var.dtype)
+    return made
 
 
 def no_shift_before(layer: Any) -> str | None:

@@ -124,7 +124,7 @@ class MergeBranches(Rule[BranchSite]):
         if not term.linear:
             affine = foldable_norm(facts, node, value.dtype)
             return affine if isinstance(affine, Skip) else Term(node, term.factor, layer, affine)
-        if not layers.dtype_fits(layer, value.dtype):
+        if not value.is_floating_point() or not layers.dtype_fits(layer, value.dtype):
             return Skip(site, "mixed_dtype", f"Not every weight of the branch is {value.dtype}.", (node.name,))
         one = torch.ones((), dtype=torch.float64)
         if not layers.representable(layer, Affine(one, one - one)):
@@ -136,8 +136,9 @@ class MergeBranches(Rule[BranchSite]):
         into = str(base.node.target)
         terms = (base, *site.merged)
         learns = any(p.requires_grad for term in terms if term.layer is not None for p in term.layer.parameters())
-        weight = _weight(base.layer, terms)
-        editor.set_module(into, layers.with_tensors(base.layer, weight, _bias(base.layer, terms), trainable=learns))
+        weight, bias = _weight(base.layer, terms), _bias(base.layer, terms)
+        merged = layers.with_tensors(base.layer, weight, bias, trainable=learns)
+        editor.set_module(into, merged, reshaped=False)
         total = base.node
         for leaf in site.rest:
             args = (total, leaf.node)

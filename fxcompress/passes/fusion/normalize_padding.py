@@ -58,6 +58,6 @@ class NormalizePadding(Rule[PaddingSite]):
         return PaddingSite(site, (node,), layer, tuple(width // 2 for width in total))
 
     def rewrite(self, editor: GraphEditor, site: PaddingSite) -> Rewrite:
-        editor.set_module(site.name, with_padding(site.layer, site.padding))
+        editor.set_module(site.name, with_padding(site.layer, site.padding), reshaped=False)
         detail = {"rule": self.name, "layers": [site.name], "padding": list(site.padding)}
         return Rewrite(site.name, f"padding {site.layer.padding!r} became {site.padding}", detail)

@@ -156,6 +156,14 @@ def test_input_normalisation_goes_into_the_first_layer():
     check_pass(net.eval(), IMAGE, FOLD, rewrites=["div"], skipped=())
 
 
+def test_arithmetic_before_a_batch_norm_goes_into_its_statistics():
+    net = Net(lambda net, x: net.layer((0.3 - x) * net.c), nn.BatchNorm2d(4), c=channels(4))
+    result = check_pass(randomize(net), IMAGE, FOLD, rewrites=["rsub"], skipped=())
+    # It trains as before: batch statistics, too, are those of the scaled input.
+    net.train(), result.graph_module.train()
+    torch.testing.assert_close(result.graph_module(*IMAGE), net(*IMAGE), atol=1e-4, rtol=1e-4)
+
+
 def test_only_a_scale_goes_into_a_layer_that_pads():
     conv = nn.Conv2d(4, 6, 3, padding=1)
     check_pass(Net(lambda net, x: net.layer(x * net.c), conv, c=channels(4)).eval(), IMAGE, FOLD, rewrites=["mul"])
@@ -193,6 +201,10 @@ def division_by_zero():
     return Net(lambda net, x: (net.layer(x) / net.c).clamp(-1, 1), nn.Conv2d(4, 4, 3), c=torch.zeros(4, 1, 1))
 
 
+def scale_larger_than_the_variance():
+    return Net(lambda net, x: net.layer(x * 1e4), nn.BatchNorm2d(4))
+
+
 def shift_without_bias():
     return Net(lambda net, x: net.layer(x) + net.c, nn.RMSNorm(6), c=torch.rand(6))
 
@@ -210,6 +222,7 @@ def no_scale_to_fold_into():
         (tied_layer, ["tied_weight"]),
         (called_twice, ["shared_layer"]),
         (division_by_zero, ["not_finite"]),
+        (scale_larger_than_the_variance, ["not_finite"]),
         (shift_without_bias, ["no_bias"]),
         (no_scale_to_fold_into, ["no_affine"]),
     ],

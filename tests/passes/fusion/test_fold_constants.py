@@ -173,6 +173,18 @@ def test_what_nothing_learned_is_made_of_is_a_buffer():
     assert list(graph_module.state_dict()) == ["kept"]
 
 
+def test_a_buffer_that_a_layer_holds_too_keeps_its_value():
+    net = Net(lambda net, x: net.norm(x) + (net.norm.running_mean * 2)[:, None, None], norm=nn.BatchNorm2d(4))
+    result = check_pass(randomize(net), IMAGE, FOLD, rewrites=1, skipped=())
+    assert torch.equal(result.graph_module.get_submodule("norm").running_mean, net.norm.running_mean)
+
+
+def test_two_constants_of_one_buffer():
+    net = Net(lambda net, x: x * net.kept[:6] + net.kept[6:].square(), kept=torch.rand(12))
+    graph_module = check_pass(net.eval(), IMAGE, FOLD, rewrites=2, skipped=()).graph_module
+    assert len(list(graph_module.buffers())) == 2
+
+
 # --- not done -------------------------------------------------------------------------------------------------------
 
 
