@@ -74,7 +74,9 @@ def _symbol_values(graph_module: fx.GraphModule, batch: int) -> dict[sympy.Basic
             if not isinstance(size, torch.SymInt) or not size.node.expr.is_symbol or size.node.expr in values:
                 continue
             symbol, hint = size.node.expr, int(size.node.hint) if size.node.has_hint() else 1
-            is_batch = dim == 0 and (first or (hint == example and names.get(str(symbol)) == f"{node.name}_dim0"))
+            is_batch = dim == 0 and (
+                first or (hint == example and names.get(str(symbol)) in ("batch", f"{node.name}_dim0"))
+            )
             if first and dim == 0:
                 example = hint
             values[symbol] = sympy.Integer(batch if is_batch else hint)

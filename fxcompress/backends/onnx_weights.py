@@ -6,6 +6,7 @@ tenth of a second. So weights stay the tensors that the model has, and reach the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["fold_weights", "restore_weights", "strip_weights", "write_model"]
+__all__ = ["fold_weights", "strip_weights", "write_model"]
 
 Weights = dict[str, torch.Tensor]
 
@@ -158,7 +159,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _all_nodes(inner)
 
 
-def restore_weights(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
+def _restore(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
     """Turn the graph inputs that stand for weights into initializers without data; gives those that are in use."""
     read = {name for node in _all_nodes(graph) for name in node.input} | {output.name for output in graph.output}
     inputs, tensors = [], {}
@@ -179,27 +180,56 @@ def write_model(model: onnx.ModelProto, weights: Weights, path: Path) -> Path | 
     Returns:
         The file of weights beside it, None where they are few enough to be in the model file.
     """
-    tensors = restore_weights(model.graph, weights)
+    tensors = _restore(model.graph, weights)
     total = sum(weights[name].nbytes for name in tensors)
-    beside = path.with_name(path.name + ".data") if total > _EMBED else None
-    if beside is None:
+    if total <= _EMBED:
+        _write_embedded(model, tensors, weights, path)
+        return None
+    beside = path.with_name(path.name + ".data")
+    with beside.open("wb") as file:
         for name, tensor in tensors.items():
-            tensor.raw_data = _bytes(weights[name]).tobytes()
-    else:
-        with beside.open("wb") as file:
-            for name, tensor in tensors.items():
-                data = _bytes(weights[name])
-                offset = file.tell()
-                if data.nbytes >= _ALIGNMENT and offset % _ALIGNMENT:
-                    offset += _ALIGNMENT - offset % _ALIGNMENT
-                    file.seek(offset)
-                file.write(data.data)
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, text in (("location", beside.name), ("offset", offset), ("length", data.nbytes)):
-                    tensor.external_data.add(key=key, value=str(text))
+            data = _bytes(weights[name])
+            if data.nbytes >= _ALIGNMENT:
+                file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+            place = {"location": beside.name, "offset": file.tell(), "length": data.nbytes}
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(data.data)
     model.graph.initializer.extend(tensors.values())
     path.write_bytes(model.SerializeToString())
     return beside
+
+
+def _write_embedded(model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto], weights: Weights, path: Path) -> None:
+    """What ``SerializeToString`` gives of the whole model, written without having the weights in memory again.
+
+    A serialized message is its fields one after the other, each a tag, a length and the bytes.
+    """
+    heads = []
+    for name, tensor in tensors.items():
+        head, size = tensor.SerializeToString(), weights[name].nbytes
+        head += _field(onnx.TensorProto.RAW_DATA_FIELD_NUMBER, size)
+        heads.append(_field(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, len(head) + size) + head)
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = len(graph) + sum(map(len, heads)) + sum(weights[name].nbytes for name in tensors)
+    with path.open("wb") as file:
+        file.write(model.SerializeToString() + _field(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
+        for name, head in zip(tensors, heads, strict=True):
+            file.write(head)
+            file.write(_bytes(weights[name]).data)
+
+
+def _field(number: int, length: int) -> bytes:
+    """Tag and length of a field of bytes, as protobuf writes them: seven bits per byte, least first."""
+    written = bytearray()
+    for value in (number << 3 | 2, length):
+        while value > 0x7F:
+            written.append(value & 0x7F | 0x80)
+            value >>= 7
+        written.append(value)
+    return bytes(written)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

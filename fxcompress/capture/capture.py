@@ -61,7 +61,7 @@ def capture(
     marks = marks_of(inputs, dynamic_shapes, names)
     program = export_program(model, inputs, marks, dynamic_shapes)
     flat = flatten_program(program, tuple(names))
-    flat.dim_names = name_dims(flat.graph, marks)
+    flat.dim_names = name_dims(flat.graph, marks, one_batch=dynamic_shapes == "batch")
     graph_module = raise_graph(flat, model)
     settle_sizes(graph_module)
     return graph_module

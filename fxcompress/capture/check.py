@@ -90,7 +90,8 @@ def _told(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> str:
 
     names = info(graph_module).dim_names
     sizes = dynamic_sizes(graph_module, leaves)
-    return ", ".join(f"{names.get(symbol, symbol)}={size}" for symbol, size in sizes.items()) or "fixed sizes"
+    told = {names.get(symbol, symbol): size for symbol, size in sizes.items()}  # several symbols may be one batch
+    return ", ".join(f"{name}={size}" for name, size in told.items()) or "fixed sizes"
 
 
 def _fresh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

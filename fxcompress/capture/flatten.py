@@ -131,13 +131,17 @@ def flatten_program(program: ExportedProgram, parameter_names: tuple[str, ...] |
     )
 
 
-def name_dims(graph: fx.Graph, names: Sequence[Mapping[int, Any] | None] = ()) -> dict[str, str]:
+def name_dims(
+    graph: fx.Graph, names: Sequence[Mapping[int, Any] | None] = (), *, one_batch: bool = False
+) -> dict[str, str]:
     """Readable names of symbols: ``{"s77": "batch"}``.
 
     Args:
         graph: with fake values.
         names: per placeholder, what the user calls its dims. What has no name there is ``batch``, if it is the first
             dim of the first such input, else named by input and dim.
+        one_batch: the user asked for a free batch: dim 0 of every input that has a name's place in ``names`` is the
+            one batch, also where the model never compares the inputs' sizes and each has a symbol of its own.
     """
     found: dict[str, str] = {}
     nodes = graph.find_nodes(op="placeholder")
@@ -152,7 +156,7 @@ def name_dims(graph: fx.Graph, names: Sequence[Mapping[int, Any] | None] = ()) -
             name = asked if isinstance(asked, str) else getattr(asked, "__name__", None)
             if name is None:
                 name = "batch" if dim == 0 else f"{node.name}_dim{dim}"
-            taken = set(found.values())
+            taken = set(found.values()) - ({"batch"} if one_batch and dim == 0 and dim in (given or {}) else set())
             found[str(size.node.expr)] = name if name not in taken else f"{node.name}_dim{dim}"
     return found
 

@@ -42,7 +42,7 @@ _RULES: tuple[Rule[Any], ...] = (
     MergeBranches(),
 )
 _NAMES = tuple(rule.name for rule in _RULES)
-_ROUNDS = 8  # one more than what any model has needed; each rewrite makes the graph smaller, so rounds do end
+_ROUNDS = 8  # models need two or three; the bound is for graphs made to take long
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Cost: sums, ties, symbols, lifetimes of activations. Multiply-accumulates are in ``test_macs``."""
 
-import time
 
 import pytest
 import torch
@@ -169,21 +168,3 @@ def test_peak_is_still_right_after_an_edit():
     with GraphEditor(graph_module) as editor:
         editor.replace(relu, editor.insert_call(aten.sigmoid.default, relu.args, before=relu))
     assert cost(graph_module).activation_peak_bytes == before == 320
-
-
-def test_time_grows_linearly():
-    def seconds(depth):
-        model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)]).eval()
-        return _seconds(capture(model, (torch.randn(2, 4),)))
-
-    assert seconds(80) < 12 * seconds(20)
-
-
-def _seconds(graph_module):
-    """Of the fastest of five runs."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        cost(graph_module)
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -297,27 +296,6 @@ def test_threads_share_an_engine(arithmetic: Engine) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(200)))
-
-
-def test_overhead_over_the_bare_call(relu_bundle: Path) -> None:
-    engine = load_engine(relu_bundle, threads=1)
-    assert isinstance(engine, OnnxRuntimeEngine)
-    session, array = engine.session, np.ones((1, 3), np.float32)
-    tensor = torch.from_numpy(array)
-    calls: list[Callable[[], Any]] = [
-        lambda: session.run(["y"], {"x": array}),
-        lambda: engine(array),
-        lambda: engine(tensor),
-        lambda: engine(x=tensor),
-    ]
-    best = [float("inf")] * len(calls)
-    for _ in range(2000):
-        for index, call in enumerate(calls):
-            start = time.perf_counter_ns()
-            call()
-            best[index] = min(best[index], (time.perf_counter_ns() - start) / 1000)
-    bare, *ours = best
-    assert max(ours) - bare <= 20, f"microseconds: bare {bare}, engine {ours}"
 
 
 def test_repr_tells_the_call(arithmetic: Engine) -> None:
