@@ -101,7 +101,7 @@ def test_model_to_engine(net: Net, tmp_path: Path) -> None:
     assert [done.name for done in report.passes] == ["fuse_modules"]
     assert "norm" in [rewrite.site for rewrite in report.passes[0].rewrites]
     assert all(isinstance(rewrite.detail, dict) for rewrite in report.passes[0].rewrites)
-    assert report.capture.errors == {"batch=2": 0.0, "batch=3": 0.0}
+    assert report.capture.errors == {"batch=2": 0.0, "batch=1": 0.0}
     assert report.engine.path == str(tmp_path / "net.bundle")
     assert max(report.engine.errors.values()) <= report.engine.tolerance
     assert "fuse_modules" in str(report)

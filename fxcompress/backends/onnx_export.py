@@ -105,7 +105,10 @@ def write_onnx(
     _forget_sizes(model.graph.output)
     if simplify:
         tell("simplify ONNX")
-        model, _ = onnxsim.simplify(model)
+        try:
+            model, _ = onnxsim.simplify(model)
+        except (RuntimeError, TypeError, ValueError) as error:
+            notes.append(f"onnxsim failed, so the ONNX file is not simplified: {_innermost(error)}")
         fold_weights(model.graph, weights)
     else:
         model = onnx.shape_inference.infer_shapes(model)

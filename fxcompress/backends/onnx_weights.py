@@ -7,7 +7,7 @@ tenth of a second. So weights stay the tensors that the model has, and reach the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ _SMALL = 1 << 10  # bytes; such a vector may be a shape or an axis, which simpli
 _EMBED = 64 << 20  # bytes; with more weights than this they are a file of their own, which engines map into memory
 _ALIGNMENT = 4096  # of weights in that file
 
-# Not to be computed beforehand: what they give is what the engine shall compute.
-_KEPT = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Identity", "Expand", "ConstantOfShape"}
+# Not to be computed beforehand: they only make weights larger. (A quantized weight is stored as integers.)
+_KEPT = {"DequantizeLinear", "DynamicQuantizeLinear", "Identity", "Expand", "ConstantOfShape"}
 
 
 def strip_weights(model: ir.Model) -> Weights:
@@ -59,12 +59,15 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
         else:
             free.update(node.input)
     free.update(output.name for output in graph.output)
-    gone = set()
+    gone: set[int] = set()
+    names: dict[str, str] = {}
     for node in fixed:
         held = [name for name in node.input if name in weights]
         if held and not free.intersection(held):
             results = _compute(node, weights, constants)
             if results is not None:
+                if node.op_type in _SUFFIXES:
+                    names[node.output[0]] = f"{names.get(held[0], held[0])}_{_SUFFIXES[node.op_type]}"
                 weights.update(zip(node.output, results, strict=True))
                 gone.add(id(node))
                 continue
@@ -73,7 +76,21 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
         kept = [node for node in graph.node if id(node) not in gone]
         del graph.node[:]
         graph.node.extend(kept)
+        _rename(graph, weights, names)
     _declare(graph, weights)
+
+
+# What a weight is called after it went through an operation.
+_SUFFIXES = {"Transpose": "transposed", "QuantizeLinear": "quantized"}
+
+
+def _rename(graph: onnx.GraphProto, weights: Weights, names: Mapping[str, str]) -> None:
+    for old, new in names.items():
+        weights[new] = weights.pop(old)
+    for node in _all_nodes(graph):
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = names[name]
 
 
 def _is_computable(node: onnx.NodeProto) -> bool:
@@ -119,16 +136,29 @@ def _compute(
         if name
     }
     try:
-        results = ReferenceEvaluator(node).run(None, feeds)
+        arrays = [np.ascontiguousarray(result) for result in ReferenceEvaluator(node).run(None, feeds)]
+        results = [torch.from_numpy(array) for array in arrays]
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    arrays = [np.ascontiguousarray(result) for result in results]
-    if sum(array.nbytes for array in arrays) > 2 * sum(feed.nbytes for feed in feeds.values()):
-        return None
-    return [torch.from_numpy(array) for array in arrays]
+    grows = sum(result.nbytes for result in results) > 2 * sum(feed.nbytes for feed in feeds.values())
+    return None if grows else results
 
 
 _NOT_IN_NUMPY = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+_KINDS = {
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int16: onnx.TensorProto.INT16,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
+    torch.float8_e4m3fn: onnx.TensorProto.FLOAT8E4M3FN,
+    torch.float8_e5m2: onnx.TensorProto.FLOAT8E5M2,
+}
 
 
 def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
@@ -139,7 +169,7 @@ def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
     for name in [name for name in weights if name not in read]:
         del weights[name]
     for name, tensor in weights.items():
-        kind = types.get(name) or int(ir.DataType.from_numpy(tensor.new_empty(0).numpy().dtype))
+        kind = types.get(name) or _KINDS[tensor.dtype]
         inputs.append(onnx.helper.make_tensor_value_info(name, kind, list(tensor.shape)))
     del graph.input[:]
     graph.input.extend(inputs)

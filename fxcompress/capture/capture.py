@@ -45,11 +45,19 @@ def capture(
         PreconditionError: not a model, in training mode, NaN or infinite weights, inputs that do not fit.
         CaptureError: the model has no functional graph; says which line is in the way.
     """
+    # The caller's no_grad() is not the model's: it would hide where the model itself turns gradients off.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _capture(model, example_inputs_, dynamic_shapes)
+
+
+def _capture(model: nn.Module | ExportedProgram, example_inputs_: object, dynamic_shapes: object) -> fx.GraphModule:
     if isinstance(model, ExportedProgram):
         graph_module = raise_graph(flatten_program(model), None)
         settle_sizes(graph_module)
         return graph_module
     check_model(model)
+    if type(model).__name__ == "OptimizedModule":  # what torch.compile() made
+        model = model.get_submodule("_orig_mod")
     if isinstance(model, fx.GraphModule) and isinstance(model.meta.get("fxcompress"), GraphInfo):
         # A graph without shapes is captured again where there are inputs to give it shapes.
         if info(model).has_shapes or example_inputs_ is None:
@@ -98,9 +106,15 @@ def check_model(model: object) -> None:
         for own, buffer in module.named_buffers(recurse=False)
     ]
     for name, tensor in [*model.named_parameters(), *statistics]:
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not _is_finite(tensor):
             raise PreconditionError(
                 f"{name!r} holds NaN or infinite values",
                 where=name,
                 remedy="load a sound checkpoint; fxcompress will not compress a broken model",
             )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # One NaN or infinity makes the sum so: a single pass that writes nothing. Only a sum that overflows on its own
+    # has to be looked at element by element.
+    return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())

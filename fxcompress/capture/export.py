@@ -60,7 +60,8 @@ def _export(model: nn.Module, inputs: ExampleInputs, marks: Marks) -> ExportedPr
         stack.enter_context(preserved(model))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(redirect_stderr(_WithoutGraphs(sys.stderr)))
-        stack.enter_context(KnownShapes())
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(KnownShapes())
         stack.enter_context(_DataIsDetached())
         model.register_forward_hook(lambda module, args, output: register_dataclasses(output))
         signature = _name_keywords(model, inputs)

@@ -47,6 +47,7 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
     Raises:
         CaptureError: the graph has no fake values to work with.
     """
+    _check_names(flat)
     namer = Namer(flat, model)
     weights = Weights(flat)
     modules = {path: weights.layer(theirs) for path, theirs in flat.layers.items()}
@@ -67,6 +68,17 @@ def raise_graph(flat: Flat, model: nn.Module | None) -> fx.GraphModule:
         _replace(flat.graph, node, layer, path)
     flat.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     return _assemble(flat, module_tree(flat, modules, weights), original_names)
+
+
+def _check_names(flat: Flat) -> None:
+    for path in (*flat.tensors, *flat.layers):
+        first = path.partition(".")[0]
+        if isinstance(vars(fx.GraphModule).get(first), property):
+            raise CaptureError(
+                f"the model has a part called {first!r}, which is a name that every torch.fx.GraphModule needs itself",
+                where=path,
+                remedy="rename the attribute; a state-dict hook can keep the old name in checkpoints",
+            )
 
 
 def _check_dtypes(node: fx.Node, layer: Layer) -> None:

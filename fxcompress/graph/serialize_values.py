@@ -40,7 +40,8 @@ _FUNCTIONS: dict[str, Any] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
-_PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ +:\-]*")
+# Such a part stands in generated code as it is or, if it is no identifier, between double quotes.
+_PATH_PART = re.compile(r"""[^"\\.\x00-\x1f\x7f]+""")
 
 _NAMED: dict[str, type] = {
     "dtype": torch.dtype,
@@ -87,7 +88,7 @@ def check_path(path: Any, where: str) -> str:
         raise BundleError(
             f"{path!r} is no valid name of a module or tensor",
             where=where,
-            remedy="name modules with letters, digits and underscores",
+            remedy="name modules and tensors without quotes, backslashes and control characters",
         )
     return path
 

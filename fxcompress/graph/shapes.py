@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_arg
 
 from fxcompress.errors import GraphError, PreconditionError
@@ -127,7 +128,7 @@ def _infer_module(mode: FakeTensorMode, module: nn.Module, args: Any, kwargs: An
     # updates a fake running mean and never the real one.
     state = {name: _fake(mode, tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
     state |= {name: _fake(mode, tensor) for name, tensor in module.named_buffers(remove_duplicate=False)}
-    with KnownShapes():
+    with KnownShapes() if isinstance(module, nn.RNNBase) else nullcontext():
         return torch.func.functional_call(module, state, args, kwargs)
 
 
@@ -203,5 +204,9 @@ def _same_sizes(left: Iterable[Any], right: Iterable[Any]) -> bool:
 def _same_size(left: Any, right: Any) -> bool:
     # Compared as expressions: comparing SymInts would add a guard, and with it a constraint on the batch.
     if isinstance(left, torch.SymInt) or isinstance(right, torch.SymInt):
-        return type(left) is type(right) and left.node.expr == right.node.expr
+        if type(left) is not type(right):
+            return False
+        # A size that depends on data gets a new symbol each time it is inferred.
+        unknown = [bool(free_unbacked_symbols(size)) for size in (left, right)]
+        return all(unknown) or bool(left.node.expr == right.node.expr)
     return bool(left == right)

@@ -20,7 +20,7 @@ class CaptureReport:
     Attributes:
         seconds: run time of capture.
         nodes: number of nodes of the graph.
-        errors: relative error against the model, by the sizes compared: ``{"batch=2": 0.0, "batch=3": 0.0}``.
+        errors: relative error against the model, by the sizes compared: ``{"batch=2": 0.0, "batch=1": 0.0}``.
         notes: what could not be carried over or compared, and why.
     """
 

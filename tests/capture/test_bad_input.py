@@ -175,6 +175,19 @@ def test_enabled_autocast() -> None:
     refused(CaptureError, "autocast", Auto().eval())
 
 
+@pytest.mark.parametrize("inputs", [(X,), None])
+def test_names_that_fx_needs(inputs: Any) -> None:
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graph = nn.Linear(4, 4)
+
+        def forward(self, x: T) -> T:
+            return self.graph(x)
+
+    refused(CaptureError, "a part called 'graph'", Taken().eval(), inputs)
+
+
 def test_a_failed_capture_leaves_the_model_as_it_was() -> None:
     class Leaves(nn.Module):
         def __init__(self) -> None:

@@ -634,6 +634,23 @@ def test_a_traced_graph_module() -> None:
     assert set(graph.state_dict()) == set(model.state_dict())
 
 
+def test_a_compiled_module() -> None:
+    model = small()
+    graph = capture(torch.compile(model), IMAGE)
+    assert set(graph.state_dict()) == set(model.state_dict())
+    assert torch.equal(graph(*IMAGE), model(*IMAGE))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode: Callable[[], Any]) -> None:
+    model = NoGrad("block").eval()
+    with mode():
+        graph = capture(model, (torch.randn(2, 4),))
+        traced = capture(model)
+    for made in (graph, traced):
+        assert gradients(made, torch.randn(2, 4)) == gradients(model, torch.randn(2, 4))
+
+
 def test_a_captured_graph_is_copied() -> None:
     graph = capture(small(), IMAGE)
     again = capture(graph)
@@ -688,6 +705,17 @@ def test_the_users_model_is_left_as_it_was() -> None:
     assert not model.training and torch.equal(model.fc.weight.grad, torch.ones(4, 4))
     assert graph.fc.weight.grad is None and not graph.fc.bias.requires_grad and graph.fc.weight.requires_grad
     assert graph.fc.weight.data_ptr() == model.fc.weight.data_ptr() and graph.fc.weight is not model.fc.weight
+
+
+def test_example_inputs_that_require_gradients() -> None:
+    x = torch.randn(2, 4, requires_grad=True)
+    graph = check(nn.Linear(4, 4), (x,))
+    graph(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_sizes_that_depend_on_data() -> None:
+    check(Of(lambda m, x: x[x > 0].sum() + torch.nonzero(x).sum()), (torch.randn(2, 4),), (torch.randn(3, 4),))
 
 
 def test_hooks_take_part() -> None:

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from fxcompress.capture import capture
-from fxcompress.errors import BundleError
+from fxcompress.errors import BundleError, PreconditionError
 from fxcompress.graph import serialize
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.graph.info import info
@@ -228,6 +228,28 @@ def test_structure_of_inputs_and_outputs(tmp_path: Path) -> None:
     assert result["parts"][1][1:] == (None, 3)
     assert equal(result, graph(x=x, pair=pair))
     assert info(loaded).parameter_names == ("x", "pair")
+
+
+class Odd(nn.Module):
+    """Arguments that are no tensors, names that are no identifiers, sizes as outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a-b/c": nn.Linear(4, 4), "0": nn.Dropout(0.1)})
+
+    def forward(self, x: torch.Tensor, power: int = 1, mask: torch.Tensor | None = None) -> tuple[Any, ...]:
+        x = self.parts["0"](self.parts["a-b/c"](x)) ** power
+        return x.masked_fill(x < 0, float("-inf")), x.shape[0], x.to(torch.float64)[:, ::2], x.shape[0] * 2 + 1
+
+
+def test_constants_names_and_sizes(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    graph = capture(Odd().eval(), (x, 2, None))
+    loaded = reloaded(graph, tmp_path)
+    assert equal(loaded(x, 2, None), graph(x, 2, None))
+    assert list(loaded.state_dict()) == list(graph.state_dict()) == ["parts.a-b/c.weight", "parts.a-b/c.bias"]
+    with pytest.raises(PreconditionError, match="captured with power = 2"):
+        loaded(x, 3, None)
 
 
 def test_a_dataclass_comes_back_as_a_record(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _LIKE = {
     aten.ones_like.default,
     aten.full_like.default,
 }
+_KNOWN = {"aten", "prims", "torchvision"}
 # Random by their schema's tag, but not when this argument says so.
 _SWITCHED: dict[Any, tuple[str, int]] = {
     aten.dropout.default: ("train", 2),
@@ -37,8 +38,12 @@ _SWITCHED: dict[Any, tuple[str, int]] = {
 
 
 def draws_random_numbers(node: fx.Node) -> bool:
-    """Whether calling ``node`` twice may give two results."""
-    if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    """Whether calling ``node`` twice may give two results: random operations, and those that torch does not define."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace not in _KNOWN:
+        return True
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     if node.target in _SWITCHED:
         name, index = _SWITCHED[node.target]

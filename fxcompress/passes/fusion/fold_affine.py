@@ -4,10 +4,9 @@ layer → ·s → +t  ⇒  layer      W' = s·W,  b' = s·b + t                 
 ·s → +t → layer  ⇒  layer      W' = W·s,  b' = b + Σ W·t               (input normalisation)
 
 The first also for the learned scale and shift of a batch, layer, group or RMS norm, the second for the statistics of a
-batch norm. A constant may be a number, a
-buffer or a parameter, along one dimension (or none). Not legal when the dimension is not that of the layer's
-channels, when somebody reads the value in between, when a weight or a learned constant is tied, for a shift into a norm
-without bias, and for a shift before a layer that pads.
+batch norm. A constant may be a number, a buffer or a parameter, along one dimension (or none). Not legal when the
+dimension is not that of the layer's channels, when somebody reads the value in between, when a weight or a learned
+constant is tied, for a shift into a norm without bias, and for a shift before a layer that pads.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 a = f(x);  b = f(x)  ⇒  b = a
 
 Exact. By value numbering: two nodes are the same value when they call the same operation, or the same layer, on the
-same values with the same options. Not for what draws random numbers, which two calls draw twice: random operations, and
-dropout, which would in training.
+same values with the same options. Not for what may give two values: random operations, operations that torch does not
+define, and dropout, which would in training.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class MergeDuplicates(Rule[DuplicateSite]):
                 first = known.setdefault(_key(node, numbers), node)
                 if first is node:
                     continue  # the first of its value
-                random = draws_random_numbers(node)
-                if random or (node.op == "call_module" and _random_in_training(facts.layer(node))):
-                    reason = f"It draws other random numbers than {first.name!r}{'' if random else ' in training'}."
+                in_training = node.op == "call_module" and _random_in_training(facts.layer(node))
+                if in_training or draws_random_numbers(node):
+                    reason = f"It may give another value than {first.name!r}{' in training' * in_training}."
                     yield Skip(node.name, "random", reason, (first.name,))
                 else:
                     numbers[node] = first

@@ -94,6 +94,8 @@ def _nothing(node: fx.Node) -> bool:
 
 def _is_resized_by_one(node: fx.Node) -> bool:
     """An interpolation to the same size, told by size or by a factor of one: every weight is 1 or 0."""
+    if node.kwargs:
+        return False
     factors = node.args[-1]
     return factors is None or (isinstance(factors, (list, tuple)) and all(_number(item, 1) for item in factors))
 
