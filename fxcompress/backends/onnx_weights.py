@@ -63,10 +63,11 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     names: dict[str, str] = {}
     for node in fixed:
         held = [name for name in node.input if name in weights]
-        if held and not free.intersection(held):
+        there = all(name in weights or name in constants for name in node.input if name)
+        if there and not free.intersection(held):
             results = _compute(node, weights, constants)
             if results is not None:
-                if node.op_type in _SUFFIXES:
+                if held and node.op_type in _SUFFIXES:
                     names[node.output[0]] = f"{names.get(held[0], held[0])}_{_SUFFIXES[node.op_type]}"
                 weights.update(zip(node.output, results, strict=True))
                 gone.add(id(node))
@@ -124,7 +125,7 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
 def _compute(
     node: onnx.NodeProto, weights: Weights, constants: dict[str, onnx.TensorProto]
 ) -> list[torch.Tensor] | None:
-    if node.op_type == "Transpose":
+    if node.op_type == "Transpose" and node.input[0] in weights:
         value = weights[node.input[0]]
         order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(value.dim()))))
         return [value.permute(order)]  # copied when it is written, not before
