@@ -19,8 +19,9 @@ from fxcompress.backends.registry import resolve_backend
 from fxcompress.backends.signature import signature_of
 from fxcompress.backends.verification import verify_engine
 from fxcompress.capture.check import other_sizes
-from fxcompress.errors import BundleError
+from fxcompress.errors import BundleError, PreconditionError
 from fxcompress.graph import serialize
+from fxcompress.graph.ownership import own_weights, shared_weights
 from fxcompress.graph.printer import format_graph
 from fxcompress.graph.running import nested_inputs, outputs_of
 from fxcompress.reporting.model import EngineReport, Report
@@ -35,8 +36,10 @@ _ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e
 class Compiled:
     """A compiled model.
 
+    Weights that no pass rewrote are shared with the user's model until :attr:`module` is asked for: then they are
+    copied, for whoever asks may train them. Until then the model must keep its weights; a change is noticed.
+
     Attributes:
-        module: the rewritten graph, an ordinary trainable ``GraphModule`` with weights of its own.
         report: what each step changed, skipped and cost.
         engine: the engine that ``backend=`` asked for, or None.
     """
@@ -48,22 +51,50 @@ class Compiled:
         *,
         example_inputs: Sequence[Any] | None = None,
         engine: Engine | None = None,
+        shared_with: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.module = module
+        self._module = module
+        self._shared = [(tensor, _version(tensor)) for tensor in shared_weights(module, shared_with)]
         self.report = report
         self.engine = engine
         self._example_inputs = example_inputs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph in PyTorch, called and returning as the user's model did."""
-        return self.module(*args, **kwargs)
+        """Run the graph in PyTorch, called and returning as the user's model did.
+
+        Raises:
+            PreconditionError: the user's model was trained or loaded since, and its weights are still shared.
+        """
+        return self._sound()(*args, **kwargs)
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The rewritten graph: an ordinary trainable ``GraphModule`` with weights of its own.
+
+        Raises:
+            PreconditionError: as :meth:`__call__`.
+        """
+        graph_module = self._sound()
+        if self._shared:
+            own_weights(graph_module, [tensor for tensor, _ in self._shared])
+            self._shared = []
+        return graph_module
+
+    def _sound(self) -> fx.GraphModule:
+        """The graph, after making sure that weights it shares are those that were compiled."""
+        if any(_version(tensor) != version for tensor, version in self._shared):
+            raise PreconditionError(
+                "the model's weights were changed after compile(), and the compiled model still shares them",
+                remedy="compile the model again; or ask for compiled.module right after compile(), which copies them",
+            )
+        return self._module
 
     def __str__(self) -> str:
-        return format_graph(self.module)
+        return format_graph(self._module)
 
     def __repr__(self) -> str:
         engine = f", engine={self.engine!r}" if self.engine is not None else ""
-        return f"<Compiled: {len(self.module.graph.nodes)} nodes, {len(self.report.passes)} passes{engine}>"
+        return f"<Compiled: {len(self._module.graph.nodes)} nodes, {len(self.report.passes)} passes{engine}>"
 
     def export(self, backend: str | Backend, output: str | Path | None = None, *, verify: bool = True) -> Engine:
         """Lower the graph to an engine.
@@ -79,7 +110,7 @@ class Compiled:
             BundleError: the output cannot be written.
         """
         return build_engine(
-            self.module, resolve_backend(backend), output, self.report, self._example_inputs, verify=verify
+            self._sound(), resolve_backend(backend), output, self.report, self._example_inputs, verify=verify
         )
 
     def save(self, path: str | Path) -> Path:
@@ -89,11 +120,12 @@ class Compiled:
             BundleError: the path exists and is not empty, or cannot be written, or the graph holds what has no
                 serial form.
         """
-        signature = signature_of(self.module, self._example_inputs)
+        graph_module = self._sound()
+        signature = signature_of(graph_module, self._example_inputs)
         with BundleWriter(path) as writer:
             directory = writer.directory
-            (directory / _GRAPH).write_text(json.dumps(serialize.graph_to_json(self.module)), encoding="utf-8")
-            save_file(serialize.weights(self.module), directory / _WEIGHTS)
+            (directory / _GRAPH).write_text(json.dumps(serialize.graph_to_json(graph_module)), encoding="utf-8")
+            save_file(serialize.weights(graph_module), directory / _WEIGHTS)
             (directory / _REPORT).write_text(self.report.to_json(), encoding="utf-8")
             written, _ = writer.commit(
                 Manifest(
@@ -188,3 +220,8 @@ def _computed(graph_module: fx.GraphModule) -> list[bool]:
     leaves = graph_module.graph.output_node().args[0]
     values = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
     return [isinstance(value, (torch.Tensor, torch.SymInt)) for value in values]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors made in inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

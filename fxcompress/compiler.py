@@ -19,7 +19,6 @@ from fxcompress.capture.check import CaptureCheck, check_capture
 from fxcompress.capture.inputs import example_inputs as as_inputs
 from fxcompress.compiled import Compiled, build_engine
 from fxcompress.errors import OptionError
-from fxcompress.graph.ownership import own_weights
 from fxcompress.graph.running import flat_inputs
 from fxcompress.passes.base import Pass, PassContext
 from fxcompress.passes.manager import PassManager
@@ -95,10 +94,9 @@ def compile(
         )
         bar.step("report")
         graph_module = run.graph_module
-        own_weights(graph_module, _tensors(source))
         report = _report(model, captured, seconds, check, run.records)
         report.describe(graph_module)
-        compiled = Compiled(graph_module, report, example_inputs=leaves)
+        compiled = Compiled(graph_module, report, example_inputs=leaves, shared_with=_tensors(source))
         if lowering is not None:
             bar.step(f"build {lowering.name} engine")
             compiled.engine = build_engine(

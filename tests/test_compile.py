@@ -348,3 +348,18 @@ def test_bundle_of_another_kind(saved: Path, tmp_path: Path) -> None:
         fxc.load_engine(saved)
     with pytest.raises(BundleError, match="no bundle here"):
         fxc.load(tmp_path / "nowhere")
+
+
+def test_weights_are_shared_until_the_module_is_asked_for(net: Net) -> None:
+    owned, late = fxc.compile(net, [], (IMAGE,)), fxc.compile(net, [], (IMAGE,))
+    theirs = {tensor.data_ptr() for tensor in net.parameters()}
+    assert theirs & {tensor.data_ptr() for tensor in owned._module.parameters()}
+    assert not theirs & {tensor.data_ptr() for tensor in owned.module.parameters()}
+    before = owned(IMAGE)["logits"]
+    with torch.no_grad():
+        net.conv.weight.mul_(2)
+    assert torch.equal(owned(IMAGE)["logits"], before)
+    with pytest.raises(PreconditionError, match="changed after compile"):
+        late(IMAGE)
+    with pytest.raises(PreconditionError, match="changed after compile"):
+        _ = late.module

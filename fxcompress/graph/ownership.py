@@ -7,7 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
-__all__ = ["own_weights"]
+__all__ = ["own_weights", "shared_weights"]
+
+
+def shared_weights(graph_module: fx.GraphModule, theirs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of ``theirs`` (the user's tensors) whose memory the graph's weights lie in."""
+    ours = {_key(t) for t in [*graph_module.parameters(), *graph_module.buffers()] if t.device.type != "meta"}
+    return [tensor for tensor in theirs if tensor.device.type != "meta" and _key(tensor) in ours]
 
 
 def own_weights(graph_module: fx.GraphModule, shared_with: Iterable[torch.Tensor]) -> None:

@@ -1,6 +1,5 @@
 """Cost: sums, ties, symbols, lifetimes of activations. Multiply-accumulates are in ``test_macs``."""
 
-
 import pytest
 import torch
 from torch import nn

@@ -1,6 +1,5 @@
 """Multiply-accumulates agree with torch's own counter, on whole models and on single operations."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
