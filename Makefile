@@ -33,9 +33,10 @@ lint: $(TOOLS) ## style, formatting, types, and who may import whom
 		$(RUN)/$$check || status=1; \
 	done; exit $$status
 
-bench: $(TOOLS) ## measure capture coverage and compile time; figures go to benchmarks/results/
-	@$(RUN)/python benchmarks/coverage.py $(ARGS)
-	@$(RUN)/python benchmarks/compile_time.py $(ARGS)
+bench: $(TOOLS) ## measure coverage, compile time, growth and overhead; figures go to benchmarks/results/
+	@for name in coverage compile_time growth engine_overhead; do \
+		$(RUN)/python -m benchmarks.$$name || exit 1; \
+	done
 
 docs: $(TOOLS) ## run every snippet of the documentation
 	@$(RUN)/python -m pytest tests/test_docs.py $(ARGS)

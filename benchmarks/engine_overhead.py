@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import fxcompress as fxc
-from benchmarks._results import write_results
+from benchmarks._results import write
 from fxcompress.backends import OnnxRuntime
 from fxcompress.backends.onnxruntime import OnnxRuntimeEngine
 
@@ -46,7 +47,13 @@ def main(repetitions: int = 5000) -> None:
     rows = [{"call": name, "median_us": round(v, 2), "added_us": round(v - bare, 2)} for name, v in medians.items()]
     for row in rows:
         print(f"{row['call']:22} {row['median_us']:8} us   + {row['added_us']} us")
-    write_results("engine_overhead", rows)
+    write(
+        Path(__file__).parent / "results" / "engine_overhead.json",
+        title="Overhead of engine.run",
+        rows=rows,
+        columns=["call", "median_us", "added_us"],
+        notes=[f"Median of {repetitions} interleaved calls of a ReLU on three numbers, one thread."],
+    )
 
 
 if __name__ == "__main__":

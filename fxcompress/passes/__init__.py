@@ -3,6 +3,7 @@
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.fuse_modules import FuseModules
 from fxcompress.passes.manager import PassManager, PassRecord
+from fxcompress.passes.prune_channels import PruneChannels
 
 __all__ = [
     "FuseModules",
@@ -12,6 +13,7 @@ __all__ = [
     "PassManager",
     "PassRecord",
     "PassResult",
+    "PruneChannels",
     "Rewrite",
     "Skip",
 ]
