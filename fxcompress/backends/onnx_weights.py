@@ -7,7 +7,7 @@ tenth of a second. So weights stay the tensors that the model has, and reach the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ _EMBED = 64 << 20  # bytes; with more weights than this they are a file of their
 _ALIGNMENT = 4096  # of weights in that file
 
 # Not to be computed beforehand: they only make weights larger. (A quantized weight is stored as integers.)
-_KEPT = {"DequantizeLinear", "DynamicQuantizeLinear", "Identity", "Expand", "ConstantOfShape"}
+_KEPT = {"DequantizeLinear", "DynamicQuantizeLinear", "Identity"}
 
 
 def strip_weights(model: ir.Model) -> Weights:
@@ -51,14 +51,14 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     _lift_constants(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     known = constants.keys() | weights.keys()
-    fixed, free = [], set()  # nodes that can be computed now; names that other nodes read
+    ends = {output.name for output in graph.output}
+    fixed, free = [], set(ends)  # nodes that can be computed now; names that others read
     for node in graph.node:
-        if _is_computable(node) and known.issuperset(filter(None, node.input)):
+        if _is_computable(node) and known.issuperset(filter(None, node.input)) and ends.isdisjoint(node.output):
             fixed.append(node)
             known.update(node.output)
         else:
-            free.update(node.input)
-    free.update(output.name for output in graph.output)
+            free.update(name for inner in _all_nodes([node]) for name in inner.input)
     gone: set[int] = set()
     names: dict[str, str] = {}
     for node in fixed:
@@ -88,7 +88,7 @@ _SUFFIXES = {"Transpose": "transposed", "QuantizeLinear": "quantized"}
 def _rename(graph: onnx.GraphProto, weights: Weights, names: Mapping[str, str]) -> None:
     for old, new in names.items():
         weights[new] = weights.pop(old)
-    for node in _all_nodes(graph):
+    for node in _all_nodes(graph.node):
         for index, name in enumerate(node.input):
             if name in names:
                 node.input[index] = names[name]
@@ -164,7 +164,7 @@ _KINDS = {
 
 def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
     """Make graph inputs of the weights that the nodes read, and of no others; drop constants that nobody reads."""
-    read = {name for node in _all_nodes(graph) for name in node.input} | {output.name for output in graph.output}
+    read = _read(graph)
     inputs = [value for value in graph.input if value.name not in weights]
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.value_info)}
     for name in [name for name in weights if name not in read]:
@@ -182,17 +182,22 @@ def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
     graph.value_info.extend(shapes)
 
 
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes, and those of the graphs inside them."""
+    for node in nodes:
         yield node
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                yield from _all_nodes(inner)
+            for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
+                yield from _all_nodes(graph.node)
+
+
+def _read(graph: onnx.GraphProto) -> set[str]:
+    return {name for node in _all_nodes(graph.node) for name in node.input} | {value.name for value in graph.output}
 
 
 def _restore(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
     """Turn the graph inputs that stand for weights into initializers without data; gives those that are in use."""
-    read = {name for node in _all_nodes(graph) for name in node.input} | {output.name for output in graph.output}
+    read = _read(graph)
     inputs, tensors = [], {}
     for value in graph.input:
         if value.name not in weights:

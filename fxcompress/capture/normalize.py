@@ -62,6 +62,13 @@ class Normalizer(TracedGraph):
                 self._values[node] = self._visit(node)
             except Unknown as error:
                 raise CaptureError(f"without example inputs {error}", where=where(node), remedy=REMEDY) from error
+            except (TypeError, ValueError, LookupError, AttributeError) as error:  # arguments that no table foresees
+                name = getattr(node.target, "__name__", node.target)
+                raise CaptureError(
+                    f"without example inputs {name} cannot be brought to an ATen operation: {error}",
+                    where=where(node),
+                    remedy=REMEDY,
+                ) from error
         raise AssertionError("a trace ends with its output")
 
     def _resolve(self, value: Any) -> Any:

@@ -22,6 +22,8 @@ _NUMBERS_AS_TENSORS = {
     *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "floor_divide"),
     *("logical_and", "logical_or", "logical_xor"),
 }
+# Names that Python takes for those of the schemas.
+_ALIASES = {"input": "self", "axis": "dim", "axes": "dims", "keepdims": "keepdim"}
 _CONSTANTS: dict[str, type] = {
     "ScalarType": torch.dtype,
     "Layout": torch.layout,
@@ -88,10 +90,10 @@ def _bind(
     if len(args) > len(places):
         return None
     rest = dict(kwargs)
-    # Python says input and dim where some schemas say self and dims.
-    for said in ("input", "tensor"):
-        if said in rest and arguments and arguments[0].name == "self" and not args:
-            rest["self"] = rest.pop(said)
+    known = {argument.name for argument in arguments}
+    for said, meant in _ALIASES.items():
+        if said in rest and said not in known and meant in known and meant not in rest:
+            rest[meant] = rest.pop(said)
     values: list[Any] = []
     last = len(args)
     for index, argument in enumerate(places):

@@ -190,7 +190,11 @@ def _norm(
 def _spread(name: str) -> Callable[..., Any]:
     """``std`` and ``var``."""
 
-    def method(n: TracedGraph, tensor: fx.Node, dim: Any = None, unbiased: bool = True, keepdim: bool = False) -> Any:
+    def method(
+        n: TracedGraph, tensor: fx.Node, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **rest: Any
+    ) -> Any:
+        if rest:
+            return n.call(name, tensor, dim, keepdim=keepdim, **rest)
         if isinstance(dim, bool):
             dim, unbiased = None, dim
         if dim is None:

@@ -347,6 +347,30 @@ def test_torchvision(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+class Outputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(30, 40))
+
+    def forward(self, x: torch.Tensor, unused: torch.Tensor) -> Any:
+        return self.weight, self.weight.t(), x @ self.weight, x, x, 3, None
+
+
+def test_outputs_that_are_inputs_weights_or_given_twice(tmp_path: Path) -> None:
+    make = seeded(lambda batch: (torch.randn(batch, 30), torch.randn(batch)))
+    graph = capture(Outputs().eval(), make(2))
+    file = write_onnx(graph, tmp_path / "model.onnx")
+    inputs = make(3)
+    model = onnx.load(file.path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == ["x", "unused"]
+    session = onnxruntime.InferenceSession(file.path)
+    feed = {"x": inputs[0].numpy(), **({"unused": inputs[1].numpy()} if len(session.get_inputs()) == 2 else {})}
+    expected = [value for value in graph(*inputs) if isinstance(value, torch.Tensor)]
+    for found, wanted in zip(session.run(None, feed), expected, strict=True):
+        np.testing.assert_allclose(found, wanted.detach().numpy(), atol=1e-5)
+
+
 # --- what cannot be had --------------------------------------------------------------------------------------------
 
 

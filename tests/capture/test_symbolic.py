@@ -252,6 +252,7 @@ FUNCTIONS: dict[str, Callable[[T], Any]] = {
     "norm": lambda x: (
         F.normalize(x, dim=1) + x.norm(dim=1, keepdim=True) + torch.norm(x, p=2, dim=(2, 3), keepdim=True)
     ),
+    "named": lambda x: torch.sum(input=x, axis=1) + x.mean(axis=(1, 2), keepdims=True)[0] + x.var(1, correction=0),
     "clamp": lambda x: x.clamp(min=0) + torch.clamp(x, -1, 1) + x.clip(max=0.5),
     "where": lambda x: torch.where(x > 0, x, 0.0) + x.masked_fill(x > 1, 5.0),
     "view": lambda x: x.view(x.size(0), -1) + x.reshape(x.shape[0], 144) + x.flatten(1) + torch.flatten(x, 1),
@@ -475,6 +476,8 @@ class Variadic(nn.Module):
         (Of(lambda x: F.interpolate(x, scale_factor=2)), "number of dims"),
         (Of(lambda x: F.gumbel_softmax(x)), "gumbel_softmax.*cannot be brought"),
         (Of(lambda x: x.cuda()), "between devices"),
+        (Of(lambda x: F.relu(x, nonsense=3)), "nonsense"),
+        (Of(lambda x: x.split(2, 3, 4, 5)), "split.*cannot be brought"),
         (Of(lambda x: x + torch.randn(4)), "random numbers"),
         (Of(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(4, 2)), "cannot be traced"),
         (Takes(), "whose parts only example inputs tell"),
