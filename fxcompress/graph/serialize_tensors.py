@@ -1,7 +1,7 @@
-"""Parameters and buffers of a saved graph: a table of paths, and one stored tensor per storage.
+"""Parameters and buffers of a saved graph: a table of paths, and one stored tensor per piece of memory.
 
-Tied weights stay tied. A parameter reached by several paths is one entry and its aliases; different parameters that
-lie in one storage (a transposed head) are stored once, and told by offset and strides.
+Tied weights stay tied. A parameter reached by several paths is one entry and its aliases; different parameters in the
+same memory (a transposed head) are stored once, and told by offset and strides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def tensor_table(root: nn.Module) -> dict[str, dict[str, Any]]:
     Raises:
         BundleError: a tensor has no serial form: on the meta device, sparse, a subclass, one storage of two dtypes.
     """
-    members = _by_storage(root)
+    groups = {id(tensor): group for group in _by_memory(root) for _, tensor in group}
     seen: dict[int, str] = {}
     table: dict[str, dict[str, Any]] = {}
     for path, tensor, owner in _tensors(root):
@@ -47,7 +47,7 @@ def tensor_table(root: nn.Module) -> dict[str, dict[str, Any]]:
             seen[id(tensor)] = path
             told |= {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             told["requires_grad"] = tensor.requires_grad
-            told |= _place(path, tensor, members[_key(tensor)])
+            told |= _place(tensor, groups[id(tensor)])
         table[path] = told
     return table
 
@@ -59,12 +59,12 @@ def stored_tensors(root: nn.Module) -> dict[str, torch.Tensor]:
         BundleError: as :func:`tensor_table`.
     """
     stored: dict[str, torch.Tensor] = {}
-    for paths in _by_storage(root).values():
-        path, tensor = paths[0]
-        if len(paths) == 1:
+    for group in _by_memory(root):
+        path, tensor = group[0]
+        if len(group) == 1:
             stored[path] = tensor.detach().contiguous()
         else:
-            low, high = _bounds(paths)
+            low, high = _bounds(group)
             whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             stored[path] = whole.set_(tensor.untyped_storage(), low, (high - low,), (1,)).clone()
     return stored
@@ -114,20 +114,34 @@ def _tensors(root: nn.Module) -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
                     yield f"{prefix}.{name}".lstrip("."), tensor, module
 
 
-def _key(tensor: torch.Tensor) -> Any:
-    return tensor.untyped_storage()._cdata
+Group = list[tuple[str, torch.Tensor]]
+"""Different tensors whose memory overlaps, each under its first path."""
 
 
-def _by_storage(root: nn.Module) -> dict[Any, list[tuple[str, torch.Tensor]]]:
-    """Different tensors by the storage they lie in, each under its first path."""
-    members: dict[Any, list[tuple[str, torch.Tensor]]] = {}
+def _by_memory(root: nn.Module) -> list[Group]:
+    """All tensors. What merely lies in one storage (a file that was read as a whole) is not one group."""
+    held: Group = []
     seen: set[int] = set()
     for path, tensor, _ in _tensors(root):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             _check_plain(path, tensor)
-            members.setdefault(_key(tensor), []).append((path, tensor))
-    return members
+            held.append((path, tensor))
+    spans = []
+    for index, (_, tensor) in enumerate(held):
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        end = start + _extent(tensor.shape, tensor.stride()) * tensor.itemsize
+        spans.append((tensor.untyped_storage()._cdata, start, end, index))
+    groups: list[list[int]] = []
+    storage, reached = None, -1
+    for key, start, end, index in sorted(spans):
+        if key == storage and start < reached:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            reached = -1
+        storage, reached = key, max(reached, end)
+    return [[held[index] for index in sorted(group)] for group in sorted(groups, key=min)]
 
 
 def _check_plain(path: str, tensor: torch.Tensor) -> None:
@@ -142,11 +156,11 @@ def _check_plain(path: str, tensor: torch.Tensor) -> None:
         raise unserializable("a tensor is a lazy conjugate or negative", path, "call resolve_conj() or resolve_neg()")
 
 
-def _bounds(paths: list[tuple[str, torch.Tensor]]) -> tuple[int, int]:
-    if len({tensor.dtype for _, tensor in paths}) > 1:
-        names = ", ".join(path for path, _ in paths)
-        raise unserializable("tensors of different dtypes lie in one storage", names, "give each its own memory")
-    spans = [(int(tensor.storage_offset()), _extent(tensor.shape, tensor.stride())) for _, tensor in paths]
+def _bounds(group: Group) -> tuple[int, int]:
+    if len({tensor.dtype for _, tensor in group}) > 1:
+        names = ", ".join(path for path, _ in group)
+        raise unserializable("tensors of different dtypes lie in the same memory", names, "give each its own memory")
+    spans = [(int(tensor.storage_offset()), _extent(tensor.shape, tensor.stride())) for _, tensor in group]
     return min(start for start, _ in spans), max(start + extent for start, extent in spans)
 
 
@@ -156,10 +170,10 @@ def _extent(shape: Any, stride: Any) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _place(path: str, tensor: torch.Tensor, paths: list[tuple[str, torch.Tensor]]) -> dict[str, Any]:
-    place: dict[str, Any] = {"stored": paths[0][0]}
-    if len(paths) > 1:
-        low, high = _bounds(paths)
+def _place(tensor: torch.Tensor, group: Group) -> dict[str, Any]:
+    place: dict[str, Any] = {"stored": group[0][0]}
+    if len(group) > 1:
+        low, high = _bounds(group)
         place |= {"offset": tensor.storage_offset() - low, "stride": list(tensor.stride()), "elements": high - low}
     elif tensor.stride() != torch.empty(tensor.shape, device="meta").stride() and _is_dense(tensor):
         place["stride"] = list(tensor.stride())  # channels_last: the layout decides which kernel runs

@@ -218,6 +218,28 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert sum(tensor.numel() for tensor in stored.values()) == 10 * 6 + 10
 
 
+def test_neighbours_in_one_storage_are_not_tied(tmp_path: Path) -> None:
+    graph = capture(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval(), (torch.randn(2, 3),))
+    flat = torch.arange(40.0)
+    graph.get_submodule("0").weight = nn.Parameter(flat[:9].view(3, 3))
+    graph.get_submodule("0").bias = nn.Parameter(flat[9:12])
+    graph.get_submodule("1").weight = nn.Parameter(flat[10:13])  # shares two elements with the bias
+    graph.get_submodule("1").num_batches_tracked = flat.view(torch.int64)[10]
+    stored = serialize.weights(graph)
+    assert {name: len(tensor.view(-1)) for name, tensor in stored.items() if name[0] == "0"} == {
+        "0.weight": 9,
+        "0.bias": 4,
+    }
+    loaded = reloaded(graph, tmp_path)
+    assert equal(loaded.state_dict(), graph.state_dict())
+    with torch.no_grad():
+        loaded.get_submodule("0").bias[1] = -5
+    assert loaded.get_submodule("1").weight[0] == -5
+    graph.get_submodule("1").num_batches_tracked = flat.view(torch.int64)[5]
+    with pytest.raises(BundleError, match="different dtypes lie in the same memory"):
+        serialize.weights(graph)
+
+
 def test_structure_of_inputs_and_outputs(tmp_path: Path) -> None:
     x = torch.randn(2, 4)
     pair = (torch.randn(2, 4), {"k": torch.randn(2, 4)})
