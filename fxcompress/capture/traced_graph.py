@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 
 from fxcompress.capture.facts import DtypeOf, Sizes, Unknown
 from fxcompress.capture.overloads import Kind, match, result_kind
+from fxcompress.graph.shapes import where
 
 __all__ = ["TracedGraph"]
 
@@ -60,7 +61,7 @@ class TracedGraph:
         self._sizes: dict[tuple[fx.Node, int], fx.Node] = {}
         self._memory: dict[fx.Node, set[fx.Node]] = {}  # what may share memory with a tensor, itself included
         self._written: dict[fx.Node, fx.Node] = {}  # a tensor that was written → its value since
-        self._stale: set[fx.Node] = set()  # what may have been written through another name
+        self._stale: dict[fx.Node, str] = {}  # what may have been written through another name → where
         self._cast: set[fx.Node] = set()  # what may have another dtype than the rest
         self._trained: set[fx.Node] = set()  # what depends on parameters
         self._without_gradients: set[fx.Node] = set()
@@ -108,7 +109,10 @@ class TracedGraph:
         while value in self._written:
             value = self._written[value]
         if value in self._stale:
-            raise Unknown("it cannot be told whether a tensor that is read shares memory with one written in place")
+            raise Unknown(
+                f"it cannot be told whether a tensor that is read shares memory with the one written by "
+                f"{self._stale[value]}"
+            )
         return value
 
     # --- nodes -------------------------------------------------------------------------------------------------
@@ -211,7 +215,8 @@ class TracedGraph:
                 self.notes += [note] if note not in self.notes else []
         if not self._cast.isdisjoint({tensor, *value.all_input_nodes}) and len(value.all_input_nodes) > 1:
             value = self.emit(aten.to.other, (value, tensor))  # what is written keeps its dtype
-        self._stale |= shared - {tensor, value}
+        assert self.origin is not None
+        self._stale |= dict.fromkeys(shared - {tensor, value}, where(self.origin))
         self._memory[value] = {value}
         self._written[tensor] = value
         return value

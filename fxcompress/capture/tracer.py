@@ -70,6 +70,8 @@ class Tracer(fx.Tracer):
             )
         node = super().create_node(kind, target, *args, **kwargs)
         node.meta["gradients"] = torch.is_grad_enabled()
+        if kind in ("placeholder", "output"):
+            node.meta.pop("stack_trace", None)  # the line that called us
         return node
 
     def _filter_traceback_frames(self, user_stack_summary: StackSummary) -> StackSummary:

@@ -60,7 +60,8 @@ class Lowering:
     def __init__(self, graph_module: fx.GraphModule, rewrite: Rewrite | None = None) -> None:
         self.graph = fx.Graph()
         self.mode = info(graph_module).fake_mode
-        self._source = graph_module
+        self.source: fx.Node | None = None  # the raised node that is being lowered, for error messages
+        self._graph_module = graph_module
         self._rewrite = rewrite
         self._values: dict[fx.Node, Any] = {}  # node of the raised graph → its new node, or nested tuple of nodes
         self._lifted = Lifted(graph_module, self.graph, self.mode)
@@ -71,10 +72,11 @@ class Lowering:
 
     def run(self, program_type: type[ExportedProgram]) -> ExportedProgram:
         """Walk the raised graph once."""
-        for node in self._source.graph.find_nodes(op="placeholder"):
+        for node in self._graph_module.graph.find_nodes(op="placeholder"):
             self._values[node] = self._lifted.user_input(node)
         results: tuple[Any, ...] = ()
-        for node in self._source.graph.nodes:
+        for node in self._graph_module.graph.nodes:
+            self.source = node
             self._meta = {key: value for key, value in node.meta.items() if key != "val"}
             if node.op == "output":
                 results = tuple(self._read(node.args[0]))
@@ -123,7 +125,7 @@ class Lowering:
 
     def tensor(self, name: str) -> fx.Node | None:
         """The parameter or buffer ``name`` of the layer that is being lowered."""
-        owner = self._source.get_submodule(self._layer)
+        owner = self._graph_module.get_submodule(self._layer)
         return None if getattr(owner, name, None) is None else self._lifted.tensor(f"{self._layer}.{name}")
 
     def inline(
@@ -184,7 +186,7 @@ class Lowering:
 
     def _call_layer(self, node: fx.Node) -> Any:
         self._layer = path = str(node.target)
-        layer = self._source.get_submodule(path)
+        layer = self._graph_module.get_submodule(path)
         if layer.training:
             raise GraphError(
                 f"the layer {path!r} is in training mode", where=where(node), remedy="call .eval() on the graph first"
@@ -235,7 +237,7 @@ class Lowering:
         return ranges
 
     def _call_signature(self) -> ModuleCallSignature:
-        facts = info(self._source)
+        facts = info(self._graph_module)
         return ModuleCallSignature([], [], facts.in_spec, facts.out_spec, list(facts.parameter_names))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.capture import capture
 from fxcompress.graph.verify import verify
+
+T = torch.Tensor
+Pair = namedtuple("Pair", ["left", "right"])
 
 
 def check(
@@ -70,3 +75,42 @@ def names(graph: fx.GraphModule) -> list[str]:
 
 def _tensors(model: nn.Module) -> Sequence[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+class Of(nn.Module):
+    """A model of parts and one function of them and the inputs."""
+
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, T) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.function = function
+
+    def forward(self, x: T) -> Any:
+        return self.function(self, x)
+
+
+@dataclass
+class Batch:
+    left: T
+    right: T
+    scale: T | None = None
+
+
+class Keywords(nn.Module):
+    def forward(self, x: T, *, minus: T, times: T, flag: bool = True, scale: float = 2.0, none: T | None = None) -> T:
+        return (x - minus) * times * scale if flag and none is None else x
+
+
+class Nested(nn.Module):
+    def forward(self, tree: dict[str, Any], pair: tuple[T, list[T]]) -> Any:
+        first = tree["a"] + pair[0]
+        return OrderedDict(sum=first, rest=(pair[1][0] * 2, [tree["b"]["c"], None, 7, 0.5, "text"]))
+
+
+class Structured(nn.Module):
+    def forward(self, batch: Batch, pair: Pair) -> Batch:
+        return Batch(batch.left + pair.left, batch.right * pair.right)
