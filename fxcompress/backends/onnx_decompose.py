@@ -2,28 +2,28 @@
 
 ``torch.onnx.export`` decomposes by tracing the whole model once more, forwards and backwards, which is a third of its
 time. Nearly every operation of a captured graph has an ONNX function as it stands, so here the graph is kept, and only
-a node that needs it is rewritten: by a rule of this file, or by tracing that one operation with the decompositions
-that the exporter asks for. Equal operations on equal shapes are traced once.
-
-A size that depends on the batch becomes ``-1`` where one may stand, so that no ``Shape``/``Gather`` chain is exported.
+a node that needs it is rewritten: by a rule of :mod:`fxcompress.backends.onnx_rules`, or by tracing that one operation
+with the decompositions that the exporter asks for. Equal operations on equal shapes are traced once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from fxcompress.backends.onnx_rules import KEEP, ONLY_SOMETIMES, RULES, bound
+from fxcompress.errors import GraphError
 from fxcompress.graph.lowering import Lowering, to_exported_program
+from fxcompress.graph.shapes import where
 from fxcompress.graph.trace import trace
 
-__all__ = ["OnnxReadyProgram", "Rewriter", "without_constant_outputs"]
-
-aten = torch.ops.aten
+__all__ = ["OnnxReadyProgram", "RetracedProgram", "Rewriter"]
 
 
 class OnnxReadyProgram(ExportedProgram):
@@ -45,13 +45,49 @@ class OnnxReadyProgram(ExportedProgram):
 
     def run_decompositions(self, decomp_table: Any = None, *_: Any, **__: Any) -> ExportedProgram:
         """The program with every operation of ``decomp_table`` taken apart."""
-        self.decomposed = without_constant_outputs(
-            to_exported_program(self.source, rewrite=Rewriter(decomp_table or {}))
-        )
-        return self.decomposed
+        self.decomposed = to_exported_program(self.source, rewrite=Rewriter(decomp_table or {}))
+        return _without_constant_outputs(self.decomposed)
 
 
-def without_constant_outputs(program: ExportedProgram) -> ExportedProgram:
+class RetracedProgram(ExportedProgram):
+    """A program that decomposes as torch does it: everything at once, by tracing it again."""
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        before = [_value(result) for result in self.graph.output_node().args[0]]
+        retraced = super().run_decompositions(*args, **kwargs)
+        results = retraced.graph.output_node().args[0]
+        for value, result in zip(before, results, strict=True):
+            if not _agree(value, _value(result)):
+                raise GraphError("a dynamic size becomes a constant when the graph is decomposed")
+        return _without_constant_outputs(retraced)
+
+
+def _value(result: Any) -> Any:
+    return result.meta.get("val") if isinstance(result, fx.Node) else result
+
+
+def _agree(before: Any, after: Any) -> bool:
+    """Whether two fake values have the same shape for every size of the batch; what is no tensor agrees."""
+    if isinstance(before, (tuple, list)) and isinstance(after, (tuple, list)):
+        return len(before) == len(after) and all(map(_agree, before, after))
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return True
+    if before.dim() != after.dim():
+        return False
+    # The same size may be written in two ways, so they are compared as numbers.
+    return all(
+        _at(old, base) == _at(new, base) for old, new in zip(before.shape, after.shape, strict=True) for base in (7, 30)
+    )
+
+
+def _at(size: int | torch.SymInt, base: int) -> int:
+    if isinstance(size, int):
+        return size
+    symbols = sorted(size.node.expr.free_symbols, key=str)
+    return int(size.node.expr.subs({symbol: base + int(str(symbol).strip("su") or 0) % 101 for symbol in symbols}))
+
+
+def _without_constant_outputs(program: ExportedProgram) -> ExportedProgram:
     """Numbers among the outputs become None, which the exporter leaves out; it does not know numbers."""
     output = program.graph.output_node()
     output.args = (tuple(value if isinstance(value, fx.Node) else None for value in output.args[0]),)
@@ -64,16 +100,17 @@ class Rewriter:
     def __init__(self, table: Mapping[Any, Callable[..., Any]]) -> None:
         self._table = dict(table)
         self._traced: dict[Any, fx.GraphModule] = {}
+        self._busy: set[Any] = set()  # operations that are being taken apart
 
     def __call__(self, lowering: Lowering, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, torch._ops.OpOverload) or target in self._busy:
             return NotImplemented
-        rule = _RULES.get(target)
+        rule = RULES.get(target)
         if rule is not None:
-            result = rule(lowering, _bound(target, args, kwargs))
+            result = rule(lowering, bound(target, args, kwargs))
             if result is not NotImplemented:
-                return NotImplemented if result is _KEEP else result
-        if target in self._table or _is_alias(target) or target in _ONLY_SOMETIMES:
+                return NotImplemented if result is KEEP else result
+        if target in self._table or _is_alias(target) or target in ONLY_SOMETIMES:
             return self._take_apart(lowering, target, args, kwargs)
         return NotImplemented
 
@@ -91,7 +128,18 @@ class Rewriter:
 
             values = [operand.meta["val"] for operand in operands]
             self._traced[key] = trace(operation, values, lowering.mode, decompositions=self._table)
-        return lowering.inline(self._traced[key], operands, origin=str(target))
+        recorded = self._traced[key]
+        made = map_arg(recorded.graph.output_node().args[0], _value)
+        if not _agree(lowering.value, made):
+            raise GraphError(
+                f"{target} has no ONNX form where a size varies that it loops over",
+                where=where(lowering.source) if lowering.source else None,
+                remedy="fix that size in dynamic_shapes",
+            )
+        self._busy.add(target)
+        result = lowering.inline(recorded, operands, rewrite=True, origin=str(target))
+        self._busy.discard(target)
+        return result
 
 
 def _leaf_key(leaf: Any) -> Any:
@@ -105,178 +153,3 @@ def _is_alias(target: torch._ops.OpOverload) -> bool:
     """Composite operations that may return their argument: tracing never keeps them whole, so exporters skip them."""
     composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     return composite and any(result.alias_info is not None for result in target._schema.returns)
-
-
-def _bound(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    values = {}
-    for index, argument in enumerate(target._schema.arguments):
-        if index < len(args):
-            values[argument.name] = args[index]
-        else:
-            values[argument.name] = kwargs.get(argument.name, argument.default_value)
-    return values
-
-
-# --- rules: the lowering and the call's arguments by name → what stands for the call ----------------------------------
-
-Rule = Callable[[Lowering, dict[str, Any]], Any]
-_KEEP = object()  # the call as it is
-
-
-def _same(lowering: Lowering, a: dict[str, Any]) -> Any:
-    return a["self"] if "self" in a else a["input"]
-
-
-def _same_if_unchanged(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """``expand``, ``slice`` and the like that give the whole of their argument."""
-    before, after = a["self"].meta["val"], lowering.value
-    if after is None or a.get("step", 1) != 1:
-        return NotImplemented
-    return a["self"] if _sizes(before) == _sizes(after) and before.dtype == after.dtype else NotImplemented
-
-
-def _scatter(lowering: Lowering, a: dict[str, Any]) -> Any:
-    whole = _sizes(a["self"].meta["val"]) == _sizes(a["src"].meta["val"])
-    return a["src"] if whole and a["self"].meta["val"].dtype == a["src"].meta["val"].dtype else NotImplemented
-
-
-def _cast(lowering: Lowering, a: dict[str, Any]) -> Any:
-    wanted = lowering.value.dtype if lowering.value is not None else a.get("dtype")
-    if wanted is None or wanted == a["self"].meta["val"].dtype:
-        return a["self"]
-    return lowering.emit(aten._to_copy.default, (a["self"],), {"dtype": wanted}, value=lowering.value)
-
-
-def _reshape(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """One unknown size may be ``-1``. What the arguments do not tell as a number, the result may know."""
-    after = lowering.value
-    if after is None:
-        return NotImplemented
-    before = a["self"].meta["val"]
-    if _sizes(before) == _sizes(after):
-        return a["self"]
-    sizes = [-1 if isinstance(size, torch.SymInt) else int(size) for size in after.shape]
-    given = a.get("size", [])
-    sizes = [
-        told if type(told) is int and told >= 0 else size for told, size in zip(given or sizes, sizes, strict=True)
-    ]
-    if sizes.count(-1) > 1 or (-1 in sizes and 0 in sizes):
-        if not given:
-            return NotImplemented
-        sizes = given
-    # Not a view: the exporter computes strides anew, and copies that made them fit are left out.
-    return lowering.emit(aten.reshape.default, (a["self"], sizes), value=after)
-
-
-def _split(lowering: Lowering, a: dict[str, Any]) -> Any:
-    if lowering.value is None:
-        return NotImplemented
-    sizes = [part.shape[a["dim"]] for part in lowering.value]
-    if len(sizes) == 1:
-        return (a["self"],)
-    if any(isinstance(size, torch.SymInt) for size in sizes):
-        return _slices(lowering, a)
-    return lowering.emit(aten.split_with_sizes.default, (a["self"], sizes, a["dim"]), value=lowering.value)
-
-
-def _slices(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """A split whose sizes depend on the batch, where the steps are known."""
-    step = a.get("split_size")
-    if not isinstance(step, int):
-        return NotImplemented
-    return tuple(
-        lowering.emit(aten.slice.Tensor, (a["self"], a["dim"], index * step, (index + 1) * step), value=part)
-        for index, part in enumerate(lowering.value)
-    )
-
-
-def _unbind(lowering: Lowering, a: dict[str, Any]) -> Any:
-    count = a["self"].meta["val"].shape[a["dim"]]
-    if isinstance(count, torch.SymInt):
-        return NotImplemented
-    parts = lowering.value or [None] * count
-    call = aten.select.int
-    return tuple(lowering.emit(call, (a["self"], a["dim"], i), value=part) for i, part in enumerate(parts))
-
-
-def _mean(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """The mean over an image is a global pooling: engines have integer kernels for that one."""
-    value = a["self"].meta["val"]
-    if value.dim() != 4 or a["dim"] is None or a["dtype"] not in (None, value.dtype):
-        return NotImplemented
-    if sorted(dim % 4 for dim in a["dim"]) != [2, 3] or isinstance(value.shape[1], torch.SymInt):
-        return NotImplemented
-    known = lowering.value if a["keepdim"] else None
-    pooled = lowering.emit(aten.adaptive_avg_pool2d.default, (a["self"], [1, 1]), value=known)
-    if a["keepdim"]:
-        return pooled
-    return lowering.emit(aten.reshape.default, (pooled, [-1, int(value.shape[1])]), value=lowering.value)
-
-
-def _batch_norm(lowering: Lowering, a: dict[str, Any]) -> Any:
-    if a["training"] or a["running_mean"] is None or a["running_var"] is None:
-        return NotImplemented
-    return _KEEP
-
-
-def _adaptive_pool(lowering: Lowering, a: dict[str, Any]) -> Any:
-    """Kept where it is an ordinary pooling: down to 1, or by whole factors."""
-    value, wanted = a["self"].meta["val"], list(a["output_size"])
-    if value.dim() != len(wanted) + 2:
-        return NotImplemented
-    sizes = value.shape[2:]
-    fits = all(isinstance(size, int) and size % want == 0 for size, want in zip(sizes, wanted, strict=True))
-    if not fits and any(want != 1 for want in wanted):
-        return NotImplemented
-    return _KEEP
-
-
-def _sizes(value: torch.Tensor) -> list[Any]:
-    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
-
-
-# Operations that `onnx_translate` gives ONNX functions for some of their uses; the others are taken apart.
-_ONLY_SOMETIMES = {
-    aten.batch_norm.default,
-    aten.adaptive_avg_pool1d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default,
-}
-
-_RULES: dict[Any, Rule] = {
-    aten.contiguous.default: _same,
-    aten.clone.default: _same,
-    aten.alias.default: _same,
-    aten.detach.default: _same,
-    aten.lift_fresh_copy.default: _same,
-    aten.resolve_conj.default: _same,
-    aten.resolve_neg.default: _same,
-    aten.slice.Tensor: _same_if_unchanged,
-    aten.expand.default: _same_if_unchanged,
-    aten.slice_scatter.default: _scatter,
-    aten.to.dtype: _cast,
-    aten.to.device: _cast,
-    aten.to.dtype_layout: _cast,
-    aten.to.other: _cast,
-    aten.type_as.default: _cast,
-    aten.view.default: _reshape,
-    aten.reshape.default: lambda lowering, a: _reshape(lowering, {"self": a["self"], "size": a["shape"]}),
-    aten._unsafe_view.default: _reshape,
-    aten.view_as.default: _reshape,
-    aten.reshape_as.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.ravel.default: _reshape,
-    aten.chunk.default: _split,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unsafe_chunk.default: _split,
-    aten.unsafe_split.Tensor: _split,
-    aten.unsafe_split_with_sizes.default: _split,
-    aten.unbind.int: _unbind,
-    aten.mean.dim: _mean,
-    aten.batch_norm.default: _batch_norm,
-    aten.adaptive_avg_pool1d.default: _adaptive_pool,
-    aten.adaptive_avg_pool2d.default: _adaptive_pool,
-    aten.adaptive_avg_pool3d.default: _adaptive_pool,
-}

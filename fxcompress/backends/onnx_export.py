@@ -26,14 +26,14 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from fxcompress.backends.onnx_cleanup import clean_up, resolve_casts
-from fxcompress.backends.onnx_decompose import OnnxReadyProgram, without_constant_outputs
+from fxcompress.backends.onnx_decompose import OnnxReadyProgram, RetracedProgram
 from fxcompress.backends.onnx_translate import translation_table
 from fxcompress.backends.onnx_weights import fold_weights, strip_weights, write_model
 from fxcompress.backends.signature import TensorSpec, signature_of
-from fxcompress.errors import BackendError
+from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.graph.info import info
 from fxcompress.graph.lowering import to_exported_program
-from fxcompress.graph.shapes import where
+from fxcompress.graph.shapes import no_guards, where
 
 __all__ = ["OnnxFile", "write_onnx"]
 
@@ -141,15 +141,17 @@ def _renamed(specs: Sequence[TensorSpec], names: Sequence[str] | None, what: str
 
 def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, list[str]]:
     program = OnnxReadyProgram.of(graph_module)
-    try:
-        return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0)), []
-    except torch.onnx.errors.OnnxExporterError as error:
-        first = error
-    # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.
-    try:
-        model = _translate(without_constant_outputs(to_exported_program(graph_module)), opset, None)
-    except torch.onnx.errors.OnnxExporterError:
-        raise _explain(first, program.decomposed) from first
+    # What the exporter asks about sizes must not become facts about the symbols, which are the graph's own.
+    with no_guards(info(graph_module).fake_mode):
+        try:
+            return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0)), []
+        except torch.onnx.errors.OnnxExporterError as error:
+            first = error
+        # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.
+        try:
+            model = _translate(to_exported_program(graph_module, program_type=RetracedProgram), opset, None)
+        except torch.onnx.errors.OnnxExporterError:
+            raise _explain(first, program.decomposed) from first
     reason = _innermost(first)
     return model, [f"the exporter decomposed the whole model, since the quick way failed: {reason}"]
 
@@ -195,6 +197,9 @@ def _innermost(error: BaseException) -> str:
 
 
 def _explain(error: Exception, decomposed: ExportedProgram | None) -> BackendError:
+    ours = next((cause for cause in _causes(error) if isinstance(cause, FxCompressError)), None)
+    if ours is not None:
+        return BackendError(ours.problem, where=ours.where, remedy=ours.remedy)
     found = next((m for e in _causes(error) if (m := re.search(r"translating node %(\w+)", str(e)))), None)
     nodes = {node.name: node for node in (decomposed.graph.nodes if decomposed else ())}
     node = nodes.get(found[1]) if found else None

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fxcompress.backends.onnx_recurrent import recurrent_translation
+
 __all__ = ["translation_table"]
 
 aten = torch.ops.aten
@@ -125,6 +127,7 @@ def translation_table(op: Any, opset: int) -> dict[Callable[..., Any], Callable[
         aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
         aten.split_with_sizes.default: split,
         aten.scaled_dot_product_attention.default: attention,
+        **recurrent_translation(op),
     }
     if opset < _OWN_RMS_NORM:
         table[aten.rms_norm.default] = rms_norm

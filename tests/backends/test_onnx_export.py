@@ -22,6 +22,7 @@ from fxcompress.backends.onnx_export import OnnxFile, write_onnx
 from fxcompress.capture import capture
 from fxcompress.errors import BackendError
 from fxcompress.graph.edit import GraphEditor
+from fxcompress.graph.verify import verify
 
 aten = torch.ops.aten
 
@@ -219,17 +220,43 @@ class Recurrent(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(16, 24, 2, bidirectional=True, batch_first=True)
         self.gru = nn.GRU(48, 20)
+        self.tanh = nn.RNN(20, 6, bidirectional=True)
+        self.relu = nn.RNN(12, 5, 2, nonlinearity="relu", bias=False)
+        self.cell = nn.LSTMCell(16, 5)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        y, (_, cell) = self.lstm(x)
-        return self.gru(y.transpose(0, 1))[0], cell
+    def forward(self, x: torch.Tensor, hidden: torch.Tensor) -> Any:
+        y, (_, cell) = self.lstm(x, (hidden, hidden + 1))
+        y, state = self.gru(y.transpose(0, 1))
+        y, last = self.tanh(y)
+        return self.relu(y), self.cell(x[:, 0]), cell, state, last
 
 
 def test_recurrent_layers(tmp_path: Path) -> None:
-    file = check(Recurrent(), seeded(lambda batch: (torch.randn(batch, 5, 16),)), tmp_path)
+    make = seeded(lambda batch: (torch.randn(batch, 5, 16), torch.randn(4, batch, 24)))
+    file = check(Recurrent(), make, tmp_path, dynamic_shapes={"x": {0: "batch"}, "hidden": {1: "batch"}})
     found = operations(file)
-    assert found["LSTM"] == 2 and found["GRU"] == 1
-    assert not found["Slice"] and not found["Unsqueeze"]  # gates are brought to ONNX's order beforehand
+    assert (found["LSTM"], found["GRU"], found["RNN"]) == (2, 1, 3)
+    assert found["Slice"] == 4  # of the states; the gates are in order already
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_a_loop_over_a_dynamic_size_is_refused(tmp_path: Path) -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(4, 6, proj_size=3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    check(Projected(), seeded(lambda batch: (torch.randn(3, batch, 4),)), tmp_path, dynamic_shapes={"x": {1: "batch"}})
+    graph = capture(Projected().eval(), (torch.randn(4, 2, 4),))  # the first dim is the sequence
+    with pytest.raises(BackendError, match=r"aten\.lstm\.input has no ONNX form where a size varies") as caught:
+        write_onnx(graph, tmp_path / "model.onnx")
+    assert "node 'lstm" in str(caught.value.where)
+    verify(graph, shapes=True)
+    (x,) = graph.graph.find_nodes(op="placeholder")
+    assert isinstance(x.meta["val"].shape[0], torch.SymInt) and not x.meta["val"].shape[0].node.expr.is_number
 
 
 class Attention(nn.Module):
@@ -391,7 +418,7 @@ def test_torchs_own_decomposition_is_the_second_try(tmp_path: Path, monkeypatch:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no rule")
 
-    monkeypatch.setattr("fxcompress.backends.onnx_decompose._RULES", {aten.relu.default: broken})
+    monkeypatch.setattr("fxcompress.backends.onnx_decompose.RULES", {aten.relu.default: broken})
     file = check(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), seeded(lambda batch: (torch.randn(batch, 4),)), tmp_path)
     assert len(file.notes) == 1 and "no rule" in file.notes[0]
 

@@ -155,7 +155,10 @@ def test_a_network_of_parallel_branches():
 
 # --- random graphs --------------------------------------------------------------------------------------------------
 
-STEPS = ("conv", "norm", "scale", "shift", "pad", "relu", "branch", "identity", "view", "twice", "standardise", "save")
+STEPS = (
+    *("conv", "norm", "scale", "shift", "pad", "relu", "branch", "skip"),
+    *("identity", "view", "twice", "standardise", "save"),
+)
 
 
 class Random(nn.Module):
@@ -167,7 +170,7 @@ class Random(nn.Module):
         self.layers = nn.ModuleList()
         self.constants = nn.ParameterList()
         for step in steps:
-            self.layers.append({"conv": conv, "branch": branch, "norm": norm}.get(step, nn.Identity)())
+            self.layers.append({"conv": conv, "branch": branch, "skip": branch, "norm": norm}.get(step, nn.Identity)())
             self.constants.append(
                 nn.Parameter(torch.rand(4, 4, 1, 1) if step == "standardise" else torch.rand(4, 1, 1))
             )
@@ -180,6 +183,8 @@ class Random(nn.Module):
                 x = layer(x)
             elif step == "branch":
                 x = layer[0](x) + layer[1](x) + x
+            elif step == "skip":
+                x = x + layer[0](x.relu()) + layer[1](x.relu())
             elif step == "scale":
                 x = x * (constant + 0.5)
             elif step == "shift":

@@ -59,12 +59,11 @@ class Term:
 
 @dataclass(frozen=True)
 class BranchSite(Site):
-    """The last addition of a sum, the terms that become ``base``'s convolution, and the terms that stay."""
+    """The last addition of a sum, the term whose layer takes up the others, and those."""
 
     root: fx.Node
     base: Term
     merged: tuple[Term, ...]
-    rest: tuple[Term, ...]
 
 
 class MergeBranches(Rule[BranchSite]):
@@ -80,8 +79,10 @@ class MergeBranches(Rule[BranchSite]):
     def _match(self, facts: Facts, root: fx.Node) -> Iterator[BranchSite | Skip]:
         inner, leaves = _flatten(root)
         branches: dict[fx.Node, list[Term]] = {}
+        inputs = {leaf.node.args[0] for leaf in leaves if facts.layer_of(leaf.node, *_MERGED) is not None}
         for leaf in leaves:
-            layer = facts.layer_of(leaf.node, *_MERGED, *BATCH_NORMS)
+            # What other branches read is the identity beside them, even where a layer made it.
+            layer = None if leaf.node in inputs else facts.layer_of(leaf.node, *_MERGED, *BATCH_NORMS)
             data = leaf.node.args[0] if layer is not None else leaf.node
             assert isinstance(data, fx.Node)
             branches.setdefault(data, []).append(Term(leaf.node, leaf.factor, layer))
@@ -105,10 +106,8 @@ class MergeBranches(Rule[BranchSite]):
                     reason = f"Its kernel is not on the grid of {name!r}: stride, dilation, groups, padding, channels."
                     yield Skip(str(term), "geometry", reason, (base.node.name,))
             if merged:
-                chosen = {base.node, *(term.node for term in merged)}
-                rest = tuple(leaf for leaf in leaves if leaf.node not in chosen)
                 called = (term.node for term in (base, *merged) if term.layer is not None)
-                yield BranchSite(str(base), (root, *inner, *called), root, base, merged, rest)
+                yield BranchSite(str(base), (root, *inner, *called), root, base, merged)
 
     def _check(self, facts: Facts, root: fx.Node, term: Term) -> Term | Skip:
         """The term, with what it does as a map if it is no linear layer; or why it may not merge with any other."""
@@ -139,11 +138,14 @@ class MergeBranches(Rule[BranchSite]):
         weight, bias = _weight(base.layer, terms), _bias(base.layer, terms)
         merged = layers.with_tensors(base.layer, weight, bias, trainable=learns)
         editor.set_module(into, merged, reshaped=False)
+        # What stays is read afresh: another site's rewrite may have replaced it, or the input of this one.
+        done = {term.node if term.layer is not None else base.node.args[0] for term in terms}
         total = base.node
-        for leaf in site.rest:
-            args = (total, leaf.node)
-            alpha = {} if leaf.factor == 1 else {"alpha": leaf.factor}
-            total = editor.insert_call(aten.add.Tensor, args, alpha, before=site.root, like=site.root, name="add")
+        for leaf in _flatten(site.root)[1]:
+            if leaf.node not in done:
+                args = (total, leaf.node)
+                alpha = {} if leaf.factor == 1 else {"alpha": leaf.factor}
+                total = editor.insert_call(aten.add.Tensor, args, alpha, before=site.root, like=site.root, name="add")
         editor.replace(site.root, total)
         detail = {
             "rule": self.name,

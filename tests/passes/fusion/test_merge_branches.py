@@ -93,6 +93,25 @@ def test_other_ranks(rank):
     check_pass(model.eval(), (torch.randn(2, 4, *(5,) * rank),), MERGE, rewrites=1, skipped=())
 
 
+def test_sums_of_sums():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = Sum(conv(3, padding=1), conv(1)), Sum(conv(3, padding=1), conv(1))
+
+        def forward(self, x):
+            y = self.one.branches[0](x) + self.one.branches[1](x)
+            z = y.tanh()
+            return y + self.two.branches[0](z) + self.two.branches[1](z)  # y is a sum that is merged, too
+
+    check_pass(Stack().eval(), IMAGE, MERGE, rewrites=2, skipped=())
+
+
+def test_the_identity_may_be_what_another_layer_made():
+    model = Sum(conv(1), conv(3, padding=1), forward=lambda a, b, x: (y := a(x)) + b(y))
+    check_pass(model.eval(), IMAGE, MERGE, rewrites=["branches.1"], skipped=())
+
+
 def test_linear_layers():
     model = Sum(nn.Linear(5, 5), nn.Linear(5, 5, bias=False), None)
     check_pass(model.eval(), (torch.randn(2, 3, 5),), MERGE, rewrites=1, skipped=())
