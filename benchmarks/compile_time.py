@@ -5,6 +5,9 @@ bare `torch.onnx.export(dynamo=True)` of the same model in the same run. Every m
 peak memory is its own; imports and a warm-up on a tiny model are left out of the time of both. The two take turns to
 go first, and the median of the rounds counts.
 
+`compile` also opens the engine and compares it with the model, which the export does not. So peak memory is compared
+twice: with the export alone, and with the export opened in ONNX Runtime and run once beside the model.
+
     python -m benchmarks.compile_time                       # five models, three rounds
     python -m benchmarks.compile_time --model resnet50 --rounds 1
 """
@@ -32,6 +35,7 @@ from benchmarks import _results  # torch is imported in the measuring processes 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("resnet50", "mobilenet_v3_large", "vit_b_16", "swin_t", "densenet121")
 SIDES = ("fxcompress", "export")
+OPENED = "export_and_run"  # for peak memory only
 TIME_BAR = 1.1
 MEMORY_BAR = 1.3
 COLUMNS = (
@@ -45,6 +49,8 @@ COLUMNS = (
     "compile_peak_mib",
     "export_peak_mib",
     "memory_ratio",
+    "export_and_run_peak_mib",
+    "memory_ratio_and_run",
 )
 
 # --- one measurement, in a process of its own -----------------------------------------------------------------------
@@ -76,6 +82,28 @@ def export_bare(model: Any, inputs: tuple[Any, ...], folder: Path) -> dict[str, 
     return {}
 
 
+def export_and_run(model: Any, inputs: tuple[Any, ...], folder: Path) -> dict[str, float]:
+    """The export, opened and compared with the model on the same inputs."""
+    import onnxruntime
+    import torch
+
+    export_bare(model, inputs, folder)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+    with torch.no_grad():
+        expected = model(*inputs)
+    (got,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-2, atol=1e-2)
+    return {}
+
+
+WORK: dict[str, Callable[[Any, tuple[Any, ...], Path], dict[str, float]]] = {
+    "fxcompress": compile_whole,
+    "export": export_bare,
+    OPENED: export_and_run,
+}
+
+
 def measure(side: str, name: str, threads: int) -> dict[str, Any]:
     """Seconds and peak memory of one side on one model, after imports and a warm-up."""
     import torch
@@ -86,8 +114,7 @@ def measure(side: str, name: str, threads: int) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     if threads:
         torch.set_num_threads(threads)
-    work: Callable[[Any, tuple[Any, ...], Path], dict[str, float]]
-    work = compile_whole if side == "fxcompress" else export_bare
+    work = WORK[side]
     entry = zoo.find(f"torchvision:{name}")
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -144,6 +171,8 @@ def summarize(name: str, rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[st
     row["cpu_ratio"] = round(row["compile_cpu_s"] / row["export_cpu_s"], 3)
     row["time_ratio_min"], row["time_ratio_max"] = round(min(ratios), 3), round(max(ratios), 3)
     row["memory_ratio"] = round(row["compile_peak_mib"] / row["export_peak_mib"], 3)
+    row[f"{OPENED}_peak_mib"] = round(median(OPENED, "peak_mib"))
+    row["memory_ratio_and_run"] = round(row["compile_peak_mib"] / row[f"{OPENED}_peak_mib"], 3)
     parts = rounds[-1]["fxcompress"]["parts"]
     if parts:
         row["compile_parts_s"] = {key: round(value, 3) for key, value in parts.items()}
@@ -158,6 +187,7 @@ def save(path: Path, rows: Sequence[dict[str, Any]], threads: int) -> dict[str, 
         "cpu_ratio_geometric_mean": round(_results.geometric_mean(row["cpu_ratio"] for row in rows), 3),
         "memory_ratio_max": max(row["memory_ratio"] for row in rows),
         "memory_ratio_geometric_mean": round(_results.geometric_mean(row["memory_ratio"] for row in rows), 3),
+        "memory_ratio_and_run_max": max(row["memory_ratio_and_run"] for row in rows),
         "memory_bar": MEMORY_BAR,
     }
     notes = [
@@ -165,6 +195,8 @@ def save(path: Path, rows: Sequence[dict[str, Any]], threads: int) -> dict[str, 
         "disk. `export`: `torch.onnx.export(dynamo=True)` alone. Both with a dynamic batch, in fresh processes, "
         f"without imports and after a warm-up; median of {rows[0]['rounds']} rounds in alternating order. "
         "`peak`: the largest resident size of the process, imports and the model included. "
+        "`export_and_run`: the export, opened in ONNX Runtime and compared with the model once, as `compile` does; "
+        "the weights are then held twice. "
         "`time_ratio_min` and `time_ratio_max` are the ratios of single rounds; "
         "`cpu_ratio` compares processor seconds, which other programs on the machine disturb less.",
     ]
@@ -187,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0: its own choice")
     parser.add_argument("--json", type=Path, default=_results.RESULTS / "compile_time.json")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
-    parser.add_argument("--measure", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=list(WORK), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     names = options.model or list(MODELS)
     if options.measure:
@@ -197,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for turn in range(options.rounds):
         for name in names:
             order = SIDES if turn % 2 == 0 else SIDES[::-1]
-            found = {side: measure_apart(side, name, options.threads) for side in order}
+            found = {side: measure_apart(side, name, options.threads) for side in (*order, OPENED)}
             rounds[name].append(found)
             ours, theirs = found["fxcompress"], found["export"]
             print(

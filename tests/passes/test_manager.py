@@ -11,8 +11,10 @@ from torch import nn
 from fxcompress.capture import capture
 from fxcompress.errors import OptionError, PassError, PreconditionError, VerificationError
 from fxcompress.graph.edit import GraphEditor
+from fxcompress.passes import FuseModules
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.manager import PassManager
+from tests.support import randomize
 
 aten = torch.ops.aten
 
@@ -179,3 +181,40 @@ def test_train_mode_is_proved_without_touching_statistics():
 def test_options_of_the_wrong_type_are_refused():
     with pytest.raises(OptionError, match="factor"):
         ScaleLinears(factor="much")
+
+
+class Chaotic(nn.Module):
+    """Amplifies the rounding of its layers beyond any bound that would catch a wrong rewrite."""
+
+    def __init__(self, amplification):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)
+        self.amplification = amplification
+
+    def forward(self, x):
+        return torch.sin(self.norm(self.conv(x)) * self.amplification)
+
+
+def test_amplified_rounding_is_proved_in_float64():
+    x = torch.randn(2, 3, 9)
+    graph = capture(randomize(Chaotic(3e5)).eval(), (x,))
+    run = PassManager([FuseModules()]).run(graph, PassContext(example_inputs=[x]))
+    (record,) = run.records
+    assert record.result.changed and record.error <= record.tolerance == 1e-9
+    assert run.outputs[0].dtype == torch.float32
+    moved = (run.outputs[0] - graph(x)).abs().max()
+    assert moved > 1e-4  # more than a float32 proof would let pass
+
+
+def test_a_wrong_rewrite_of_a_chaotic_model_is_refused(graph_module):
+    class Wrong(Chaotic):
+        def __init__(self):
+            super().__init__(3e5)
+            self.head = nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.head(super().forward(x))
+
+    x = torch.randn(2, 3, 9)
+    with pytest.raises(VerificationError, match="claims"):
+        PassManager([Claims(factor=1.01)]).run(capture(Wrong().eval(), (x,)), PassContext(example_inputs=[x]))
