@@ -175,3 +175,13 @@ def _accept(actual: str, expected: str) -> None:
     indent = " " * 8
     body = "\n" + textwrap.indent(actual, indent + "    ") + f"\n{indent}"
     path.write_text(source.replace(f'"""{expected}"""', f'"""{body}"""'))
+
+
+def kept_of(result: Any) -> dict[str, dict[int, list[int]]]:
+    """What a removal of channels kept of every weight, from all its rewrites."""
+    kept: dict[str, dict[int, list[int]]] = {}
+    for rewrite in result.rewrites:
+        for name, dims in rewrite.detail["kept"].items():
+            assert name not in kept, "a weight stands whole in one rewrite"
+            kept[name] = dims
+    return kept

@@ -83,12 +83,14 @@ class PassContext:
         original: the graph as captured, before any pass: the default teacher and reference.
         seed: for passes that draw random numbers.
         progress: called with (done, total, what) by long passes.
+        latency: median milliseconds of a graph on the backend of that name, measured now; None where none can be.
     """
 
     example_inputs: Sequence[Any] | None = None
     original: fx.GraphModule | None = None
     seed: int = 0
     progress: Callable[[int, int, str], None] | None = None
+    latency: Callable[[fx.GraphModule, str], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from fxcompress.analysis.dependency.build import build
-from fxcompress.analysis.dependency.builder import Builder
-from fxcompress.analysis.dependency.groups import Group, find_groups, importance
-from fxcompress.analysis.dependency.labels import Solution
-from fxcompress.analysis.dependency.layout import blocks
+from fxcompress.analysis.dependency.groups import Group
 from fxcompress.analysis.dependency.removal import Removal
-from fxcompress.errors import OptionError
-from fxcompress.graph.edit import GraphEditor
-from fxcompress.graph.names import original_name
-from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
-from fxcompress.passes.pruning.importance import score_of
-from fxcompress.passes.pruning.resize import resize_constants
-from fxcompress.passes.pruning.shrink import shrink_weights
-from fxcompress.passes.pruning.values import values_after
+from fxcompress.errors import OptionError, nearest
+from fxcompress.graph.edit import copy_graph
+from fxcompress.graph.shapes import require_shapes
+from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Skip
+from fxcompress.passes.pruning.account import Account
+from fxcompress.passes.pruning.goal import Goal, goal_of
+from fxcompress.passes.pruning.importance import UserScore
+from fxcompress.passes.pruning.options import check_options
+from fxcompress.passes.pruning.plan import Attention, Plan, make_plan
+from fxcompress.passes.pruning.proof import Proof, dead_channel_proof
+from fxcompress.passes.pruning.remove import remove
+from fxcompress.passes.pruning.score import scores_of
+from fxcompress.passes.pruning.select import Choice, Limits, matches
 
 __all__ = ["PruneChannels"]
 
@@ -33,156 +33,146 @@ __all__ = ["PruneChannels"]
 class PruneChannels(Pass):
     """Remove the least important channels of every group of layers that is tied together by the graph.
 
+    How much goes is a ``ratio``, or a target: the least removal is searched that reaches it. Give one of them; with
+    none the ratio is 0.5.
+
     Attributes:
         ratio: share of channels to remove, in (0, 1).
-        importance: ``l1``, ``l2``, ``fpgm``, ``lamp`` or ``random``.
-        scope: ``local`` removes the ratio from every group, ``global`` ranks all groups together.
-        round_to: widths that remain are multiples of this.
-        ignore: glob patterns of layers whose output channels stay.
+        importance: of a channel: ``l1``, ``l2``, ``fpgm``, ``lamp``, ``bn_scale``, ``random``; with ``calibration``
+            data ``taylor``, ``obd``, ``activation``; or a function ``(weight, dim) -> scores [weight.shape[dim]]``.
+        scope: ``local`` removes the ratio from every group, ``global`` ranks all groups together, each relative to
+            its own mean.
+        round_to: widths that remain are multiples of this, or per type of layer: ``{"Conv2d": 8, "Linear": 16}``.
+        ignore: name patterns (``"layer4.*"``) of layers whose output channels stay.
         min_width: least number of channels to leave in a group.
+        parameters: target: parameters left, as a share of now (below 1) or a number.
+        macs: target: multiply-accumulates left, likewise, at the example's batch size.
+        latency_ms: target: median latency on ``backend`` in milliseconds, measured on this machine.
+        speedup: target: latency on ``backend`` now over latency then; above 1.
+        backend: that latency is measured on.
+        ratios: ratios of single layers by name pattern; 0 keeps a layer whole. The least counts where several match.
+        max_ratio: greatest share to remove from one group.
+        attention: what goes in attention: whole ``heads``, parts of every head (``head_size``), or per site what is
+            finer and free (``auto``).
+        steps: remove in that many steps, scoring anew before each.
+        calibration: batches for the importances that need data, and for ``reconstruct``: what the model takes, or
+            that and labels.
+        loss: ``(outputs, batch) -> scalar`` for ``taylor`` and ``obd``. Without it: cross entropy where a batch has
+            labels, else the mean square of the outputs.
+        batches: how many batches to take at most; None takes all.
+        reconstruct: fit the weights that read the remaining channels to what they read before, by least squares on
+            the calibration data.
+        proof: compare with the original model with all removed weights zero, where there are example inputs.
+        seed: of ``random``.
     """
 
     name: ClassVar[str] = "prune_channels"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
-    ratio: float = 0.5
-    importance: str = "l2"
+    ratio: float | None = None
+    importance: str | UserScore = "l2"
     scope: Literal["local", "global"] = "local"
-    round_to: int = 1
+    round_to: int | Mapping[str, int] = 1
     ignore: tuple[str, ...] = ()
     min_width: int = 1
+    parameters: float | int | None = None
+    macs: float | int | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    backend: str = "onnxruntime"
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    max_ratio: float = 1.0
+    attention: Attention = "auto"
+    steps: int = 1
+    calibration: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], Any] | None = None
+    batches: int | None = None
+    reconstruct: bool = False
+    proof: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.ignore, (list, str)):
+            object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
         super().__post_init__()
-        if not 0 < self.ratio < 1:
-            raise OptionError(f"ratio={self.ratio} is outside (0, 1)", remedy="0.5 removes half of the channels")
-        if self.round_to < 1 or self.min_width < 1:
-            raise OptionError("round_to and min_width are at least 1")
-        score_of(self.importance, 0)
+        check_options(self)
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Plan on the whole graph, then remove all at once."""
-        builder, solution = _plan(graph_module)
-        groups = find_groups(builder, solution)
-        chosen, skipped = self._protected(groups)
-        if not chosen:
-            skipped.append(Skip("all", "nothing_to_prune", "no channels of this graph can be removed"))
-            return PassResult(graph_module, (), tuple(skipped))
-        weights = {path: _tensor(graph_module, path) for path in builder.weights}
-        scores = importance(builder, solution, weights, score_of(self.importance, self.seed))
-        classes = _leave_one(builder, solution, self._select(chosen, scores), scores)
-        if not classes.size:
-            skipped.append(Skip("all", "nothing_to_prune", "every group is at its least width already"))
-            return PassResult(graph_module, (), tuple(skipped))
-        removal = Removal.of_classes(builder, solution, classes)
-        with GraphEditor(graph_module) as editor:
-            resize_constants(graph_module, removal, editor)
-            kept = shrink_weights(graph_module, removal, editor)
-            editor.set_values(values_after(graph_module, removal))
-        rewrites = []
-        gone = set(classes.tolist())
-        for group in chosen:
-            removed = sum(1 for cls in group.classes.tolist() if cls in gone)
-            if not removed:
+        """Plan on the whole graph, then remove all at once; that ``steps`` times."""
+        require_shapes(graph_module, self.name)
+        original = copy_graph(graph_module)
+        goal = goal_of(self, graph_module, context)
+        account = Account(graph_module)
+        skipped: list[Skip] = []
+        for step in range(1, self.steps + 1):
+            plan = make_plan(graph_module, self.attention)
+            chosen, skipped = self._chosen(plan)
+            if not chosen:
+                skipped.append(Skip("all", "nothing_to_prune", "no channels of this graph can be removed"))
+                break
+            classes = self._classes(graph_module, plan, chosen, goal, account, step / self.steps)
+            if not classes.size:
                 continue
-            after = group.width - removed * group.multiplicity
-            detail = {
-                "before": group.width,
-                "after": after,
-                "layers": list(group.layers),
-                "kept": {},
-            }
-            rewrites.append(Rewrite(group.layers[0].rpartition(".")[0], f"{group.width} → {after} channels", detail))
-        named = {original_name(graph_module, path): dims for path, dims in kept.items()}
-        if rewrites:
-            rewrites[0].detail["kept"].update(named)
-        return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+            before = copy_graph(graph_module)
+            removal, kept = remove(graph_module, plan, classes)
+            account.add(plan, chosen, removal, kept, self._proved(before, graph_module, removal, context))
+        if not account.kept and not any(skip.code == "nothing_to_prune" for skip in skipped):
+            skipped.append(Skip("all", "nothing_to_prune", "every group is at its least width already"))
+        rewrites = account.rewrites()
+        if self.reconstruct and rewrites:
+            from fxcompress.passes.pruning.reconstruct import reconstruct
 
-    def _protected(self, groups: list[Group]) -> tuple[list[Group], list[Skip]]:
-        unmatched = [p for p in self.ignore if not any(_matches(p, layer) for g in groups for layer in g.layers)]
-        if unmatched:
-            raise OptionError(f"no removable layer matches {unmatched[0]!r}", where="ignore")
-        chosen, skipped = [], []
-        for group in groups:
-            if any(_matches(pattern, layer) for pattern in self.ignore for layer in group.layers):
+            assert self.calibration is not None
+            rewrites = reconstruct(original, graph_module, account, self.calibration, self.batches)
+        return PassResult(graph_module, rewrites, tuple(skipped))
+
+    def _classes(
+        self,
+        graph_module: fx.GraphModule,
+        plan: Plan,
+        groups: Sequence[Group],
+        goal: Goal,
+        account: Account,
+        share: float,
+    ) -> NDArray[np.int64]:
+        """What goes now, so that ``share`` of the way to the goal is done."""
+        scores = scores_of(self, graph_module, plan, groups)
+        choice = Choice(groups, plan.kinds(groups), scores, self._limits(account, groups, share))
+        return goal.classes(graph_module, plan, lambda ratio: plan.without_empty(choice.at(ratio), scores), share)
+
+    def _proved(
+        self, before: fx.GraphModule, after: fx.GraphModule, removal: Removal, context: PassContext
+    ) -> Proof | None:
+        if not self.proof or context.example_inputs is None:
+            return None
+        return dead_channel_proof(before, after, removal, context.example_inputs, context.seed)
+
+    def _limits(self, account: Account, groups: Sequence[Group], share: float) -> Limits:
+        return Limits(
+            scope=self.scope,
+            ratios={pattern: ratio * share for pattern, ratio in self.ratios.items()},
+            round_to=self.round_to,
+            min_width=self.min_width,
+            max_ratio=self.max_ratio,
+            originals=tuple(account.original_width(group) for group in groups),
+        )
+
+    def _chosen(self, plan: Plan) -> tuple[list[Group], list[Skip]]:
+        """The groups that may lose channels, and why others may not."""
+        layers = [layer for group in plan.groups for layer in group.layers]
+        for option, patterns in (("ignore", self.ignore), ("ratios", tuple(self.ratios))):
+            for pattern in patterns:
+                if not any(matches(pattern, layer) for layer in layers):
+                    known = sorted({layer.rpartition(".")[0] for layer in layers})
+                    raise OptionError(
+                        f"no layer with removable channels matches {pattern!r}",
+                        where=option,
+                        remedy=nearest(pattern, known) if known else "no layer of this model has removable channels",
+                    )
+        chosen, skipped = [], list(plan.pinned())
+        for group in plan.groups:
+            if any(matches(pattern, layer) for pattern in self.ignore for layer in group.layers):
                 site = group.layers[0].rpartition(".")[0]
                 skipped.append(Skip(site, "ignored", "it matches a pattern of ignore", group.layers[1:]))
             else:
                 chosen.append(group)
         return chosen, skipped
-
-    def _select(self, groups: list[Group], scores: NDArray[np.float64]) -> NDArray[np.int64]:
-        if self.scope == "global":
-            normal = [scores[g.classes] / max(float(scores[g.classes].mean()), 1e-30) for g in groups]
-            threshold = float(np.quantile(np.concatenate(normal), self.ratio))
-            wanted = [int((values < threshold).sum()) for values in normal]
-        else:
-            wanted = [round(self.ratio * len(g.classes)) for g in groups]
-        removed = []
-        for group, count in zip(groups, wanted, strict=True):
-            count = self._rounded(group, count)
-            order = np.argsort(scores[group.classes], kind="stable")
-            removed.append(group.classes[order[:count]])
-        return np.concatenate(removed) if removed else np.zeros(0, dtype=np.int64)
-
-    def _rounded(self, group: Group, count: int) -> int:
-        """Fewer removals if need be, so that the remaining width is a multiple of ``round_to`` and wide enough."""
-        least = -(-self.min_width // group.multiplicity)
-        for removed in range(min(count, len(group.classes) - max(least, 1)), 0, -1):
-            if (group.width - removed * group.multiplicity) % self.round_to == 0:
-                return removed
-        return 0
-
-
-def _plan(graph_module: fx.GraphModule) -> tuple[Builder, Solution]:
-    """Dependencies, with the other side chosen at every split whose first choice turned out to be pinned."""
-    builder = build(graph_module)
-    solution = builder.labels.solve()
-    choices: dict[str, int] = {}
-    for _ in range(4):
-        flipped = False
-        for name, site in builder.sites.items():
-            classes = solution.class_of[site.labels]
-            tried = choices.get(name)
-            if not solution.removable[classes].any() and (tried is None or tried < len(site.sizes) - 1):
-                order = sorted(range(len(site.sizes)), key=lambda side: -site.sizes[side])
-                position = order.index(site.live)
-                if position + 1 < len(order) and site.sizes[order[position + 1]] > 1:
-                    choices[name] = order[position + 1]
-                    flipped = True
-        if not flipped:
-            break
-        builder = build(graph_module, choices)
-        solution = builder.labels.solve()
-    return builder, solution
-
-
-def _leave_one(
-    builder: Builder, solution: Solution, classes: NDArray[np.int64], scores: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    """Take back the best of the removed wherever a dimension (a piece of a split, say) would lose all it has."""
-    gone = np.zeros(len(solution.class_of), dtype=bool)
-    gone[classes] = True
-    seen: set[int] = set()
-    layouts = [*builder.weights.values(), *(builder.dims_of(node) for node in builder.values)]
-    for layout in layouts:
-        for dim in layout:
-            for block in blocks(dim):
-                if id(block) in seen:
-                    continue
-                seen.add(id(block))
-                own = solution.class_of[block.labels.reshape(-1)]
-                if own.size and gone[own].all():
-                    gone[own[np.argmax(scores[own])]] = False
-    return np.flatnonzero(gone)
-
-
-def _tensor(graph_module: fx.GraphModule, path: str) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    tensor: Any = getattr(graph_module.get_submodule(owner), name)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def _matches(pattern: str, weight: str) -> bool:
-    return fnmatchcase(weight.rpartition(".")[0], pattern) or fnmatchcase(weight, pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,25 +65,39 @@ def find_groups(builder: Builder, solution: Solution) -> list[Group]:
 def importance(
     builder: Builder,
     solution: Solution,
-    weights: dict[str, torch.Tensor],
-    score: Callable[[torch.Tensor, int], torch.Tensor],
-) -> NDArray[np.float64]:
-    """Importance of each class: ``score(weight, dim)`` gives one number per index, summed over all of a class's."""
-    total = np.zeros(len(solution.class_of))
+    weights: Mapping[str, torch.Tensor],
+    score: Callable[[str, torch.Tensor, int], torch.Tensor | None],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Importance of each class, summed over all its indices in all weights.
+
+    Args:
+        builder: the walk over the graph.
+        solution: its labels solved.
+        weights: the tensors, by path.
+        score: ``(path, weight, dim)`` → one number per index along ``dim``, or None where it has no say.
+
+    Returns:
+        ``[classes]`` sums, and whether any weight had a say in a class.
+    """
+    total, heard = np.zeros(len(solution.class_of)), np.zeros(len(solution.class_of), dtype=bool)
     for path, layout in builder.weights.items():
         tensor = weights[path]
-        if tensor.dim() < 2 or not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             continue
         for number, dim in enumerate(layout):
             found = blocks(dim)
             if not found or not any(solution.removable[solution.class_of[b.labels]].any() for b in found):
                 continue
-            values = score(tensor.detach(), number).double().cpu().numpy().reshape([f.size for f in dim])
+            scores = score(path, tensor.detach(), number)
+            if scores is None:
+                continue
+            values = scores.double().cpu().numpy().reshape([f.size for f in dim])
             for block in found:
                 places = [i for i, factor in enumerate(dim) if factor.block is block]
                 axes = [dim[i].axis for i in places]
                 rest = tuple(i for i in range(len(dim)) if i not in places)
                 per_label = values.sum(axis=rest) if rest else values
-                labels = block.labels.transpose(axes)
-                total += np.bincount(solution.class_of[labels].reshape(-1), per_label.reshape(-1), minlength=len(total))
-    return total
+                classes = solution.class_of[block.labels.transpose(axes)].reshape(-1)
+                total += np.bincount(classes, per_label.reshape(-1), minlength=len(total))
+                heard[classes] = True
+    return total, heard

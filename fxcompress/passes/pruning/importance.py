@@ -1,53 +1,85 @@
-"""How much each index of a weight matters: one number per index along a dimension."""
+"""How much each index of a weight matters, read off the weights alone.
+
+A criterion is asked for every dimension of every weight from which something could go, and answers with one number
+per index, or None where it has no say. The numbers of a class (one channel and everything tied to it) are summed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import fx, nn
 
-from fxcompress.errors import OptionError, nearest
+from fxcompress.errors import OptionError, PreconditionError
 
-__all__ = ["Score", "score_of"]
+__all__ = ["WEIGHT_CRITERIA", "Criterion", "UserScore", "of_user", "weight_criterion"]
 
-Score = Callable[[torch.Tensor, int], torch.Tensor]
+Criterion = Callable[[str, torch.Tensor, int], torch.Tensor | None]
+"""``(path, weight, dim)`` → scores of shape ``[weight.shape[dim]]``."""
+
+UserScore = Callable[[torch.Tensor, int], torch.Tensor]
+"""``(weight, dim)`` → scores of shape ``[weight.shape[dim]]``: what a user may give as ``importance``."""
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def score_of(name: str, seed: int) -> Score:
-    """The criterion of that name.
-
-    Raises:
-        OptionError: there is none.
-    """
-    criteria: dict[str, Score] = {"l1": _l1, "l2": _l2, "fpgm": _fpgm, "lamp": _lamp}
+def weight_criterion(name: str, graph_module: fx.GraphModule, seed: int) -> Criterion:
+    """The criterion of that name; ``name`` is one of :data:`WEIGHT_CRITERIA`."""
     if name == "random":
         generator = torch.Generator().manual_seed(seed)
-        return lambda weight, dim: torch.rand(weight.shape[dim], generator=generator)
-    if name not in criteria:
-        raise OptionError(f"there is no importance {name!r}", remedy=nearest(name, [*criteria, "random"]))
-    return criteria[name]
+        return lambda _, weight, dim: torch.rand(weight.shape[dim], generator=generator)
+    if name == "bn_scale":
+        scales = {
+            f"{path}.weight"
+            for path, layer in graph_module.named_modules(remove_duplicate=False)
+            if isinstance(layer, _NORMS)
+        }
+        return lambda path, weight, _: weight.abs() if path in scales and weight.dim() == 1 else None
+    score = _OF_MATRICES[name]
+    return lambda _, weight, dim: score(weight, dim) if weight.dim() > 1 else None
 
 
-def _rows(weight: torch.Tensor, dim: int) -> torch.Tensor:
+def of_user(score: UserScore) -> Criterion:
+    """A user's function as a criterion: asked about matrices and kernels; what it answers is checked."""
+
+    def checked(path: str, weight: torch.Tensor, dim: int) -> torch.Tensor | None:
+        if weight.dim() < 2:
+            return None
+        found = score(weight, dim)
+        if not isinstance(found, torch.Tensor) or found.shape != (weight.shape[dim],):
+            got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise OptionError(
+                f"the importance function gave {got} for {path!r} of shape {tuple(weight.shape)} along {dim}",
+                where="importance",
+                remedy=f"return a tensor of shape ({weight.shape[dim]},)",
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise PreconditionError(f"the importance function gave a score that is not finite for {path!r}")
+        return found
+
+    return checked
+
+
+def rows(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """The weight as a matrix with one row per index of ``dim``."""
     return weight.float().movedim(dim, 0).flatten(1)
 
 
-def _others(weight: torch.Tensor, dim: int) -> list[int]:
-    return [other for other in range(weight.dim()) if other != dim]
-
-
 def _l1(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.linalg.vector_norm(weight.float(), ord=1, dim=_others(weight, dim))
+    return rows(weight, dim).abs().sum(1)
 
 
 def _l2(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return torch.linalg.vector_norm(weight.float(), dim=_others(weight, dim)).square()
+    """Squared, so that the sum over a group is the squared norm of all that would go."""
+    others = [other for other in range(weight.dim()) if other != dim]
+    return torch.linalg.vector_norm(weight.float(), dim=others).square()
 
 
 def _fpgm(weight: torch.Tensor, dim: int) -> torch.Tensor:
     """Sum of distances to all others (He et al. 2019): what lies near the geometric median is replaceable."""
-    rows = _rows(weight, dim)
-    return torch.cdist(rows, rows).sum(1)
+    flat = rows(weight, dim)
+    return torch.cdist(flat, flat).sum(1)
 
 
 def _lamp(weight: torch.Tensor, dim: int) -> torch.Tensor:
@@ -55,5 +87,15 @@ def _lamp(weight: torch.Tensor, dim: int) -> torch.Tensor:
     norms = _l2(weight, dim)
     order = norms.argsort(descending=True)
     scores = torch.empty_like(norms)
-    scores[order] = norms[order] / norms[order].cumsum(0)
+    scores[order] = norms[order] / norms[order].cumsum(0).clamp_min(1e-30)
     return scores
+
+
+_OF_MATRICES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "l1": _l1,
+    "l2": _l2,
+    "fpgm": _fpgm,
+    "lamp": _lamp,
+}
+
+WEIGHT_CRITERIA = (*_OF_MATRICES, "bn_scale", "random")

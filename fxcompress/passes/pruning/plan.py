@@ -1,0 +1,172 @@
+"""What can be removed from a graph: its dependencies solved, and a side chosen wherever a view splits channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from fxcompress.analysis.dependency.build import build
+from fxcompress.analysis.dependency.builder import Builder, Site
+from fxcompress.analysis.dependency.groups import Group, find_groups
+from fxcompress.analysis.dependency.labels import Solution
+from fxcompress.analysis.dependency.layout import blocks
+from fxcompress.passes.base import Skip
+
+__all__ = ["Attention", "Plan", "make_plan", "tensor_at"]
+
+Attention = Literal["auto", "heads", "head_size"]
+
+aten = torch.ops.aten
+
+_PRODUCTS = (
+    aten.scaled_dot_product_attention.default,
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Dependencies of a graph, solved.
+
+    Attributes:
+        builder: labels of every dimension of every value and weight.
+        solution: which labels go together, and which may go at all.
+        groups: the channels that compete with each other.
+        weights: parameters and buffers with labels, by path.
+    """
+
+    builder: Builder
+    solution: Solution
+    groups: tuple[Group, ...]
+    weights: dict[str, torch.Tensor]
+
+    def without_empty(self, classes: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """``classes`` less the best of them wherever a dimension, a piece of a split, say, would lose all it has."""
+        class_of = self.solution.class_of
+        gone = np.zeros(len(class_of), dtype=bool)
+        gone[classes] = True
+        for own in self._blocks:
+            if gone[own].all():
+                gone[own[np.argmax(scores[own])]] = False
+        return np.flatnonzero(gone)
+
+    @cached_property
+    def _blocks(self) -> list[NDArray[np.int64]]:
+        """The classes of each distinct block of which every index could go."""
+        seen: set[int] = set()
+        distinct: dict[bytes, NDArray[np.int64]] = {}
+        layouts = [*self.builder.weights.values(), *(self.builder.dims_of(node) for node in self.builder.values)]
+        for block in (block for layout in layouts for dim in layout for block in blocks(dim)):
+            if id(block) in seen or not block.labels.size:
+                continue
+            seen.add(id(block))
+            own = self.solution.class_of[block.labels.reshape(-1)]
+            if self.solution.removable[own].all():
+                distinct.setdefault(own.tobytes(), own)
+        return list(distinct.values())
+
+    def kinds(self, groups: Sequence[Group]) -> list[set[str]]:
+        """Type names of the layers of each group: ``{"Conv2d"}``."""
+        module = self.builder.graph_module.get_submodule
+        return [{type(module(layer.rpartition(".")[0])).__name__ for layer in group.layers} for group in groups]
+
+    def pinned(self) -> list[Skip]:
+        """Layers none of whose channels can go, and what stands in the way."""
+        skips: dict[str, Skip] = {}
+        for path, dims in self.builder.makes.items():
+            labels = [block.labels.reshape(-1) for dim in dims for block in blocks(self.builder.weights[path][dim])]
+            if not labels or self.solution.removable[self.solution.class_of[np.concatenate(labels)]].any():
+                continue
+            site = path.rpartition(".")[0]
+            node, reason = self.reason(labels[0][0])
+            skips.setdefault(
+                site, Skip(site, "pinned", f"{reason} ({node})" if node else reason, (node,) if node else ())
+            )
+        return list(skips.values())
+
+    def reason(self, label: int) -> tuple[str, str]:
+        """Why a label cannot go: the node and a sentence."""
+        root = int(self.builder.labels.component[label])
+        return self.solution.reasons.get(root, ("", "it is tied to an index that cannot go"))
+
+    def on(self, copied: fx.GraphModule) -> Plan:
+        """The same plan for a copy of its graph, node by node."""
+        nodes = zip(self.builder.graph_module.graph.nodes, copied.graph.nodes, strict=True)
+        values = {mine: self.builder.values[theirs] for theirs, mine in nodes if theirs in self.builder.values}
+        return replace(self, builder=replace(self.builder, graph_module=copied, values=values))
+
+
+def make_plan(graph_module: fx.GraphModule, attention: Attention = "auto") -> Plan:
+    """Solve the dependencies of a graph.
+
+    Where a view splits features into heads and head size, one side can shrink. ``auto`` takes the larger one, whose
+    indices are finer, and the other if that one turns out to be pinned; ``heads`` and ``head_size`` ask for theirs
+    first, wherever the view feeds a product of activations.
+    """
+    builder = build(graph_module)
+    solution = builder.labels.solve()
+    choices = _asked_for(builder, attention)
+    tried: dict[str, set[int]] = {name: {builder.sites[name].live} for name in builder.sites if name not in choices}
+    fresh = bool(choices)
+    for _ in range(4):
+        if fresh:
+            builder = build(graph_module, choices)
+            solution = builder.labels.solve()
+        fresh = False
+        for name, site in builder.sites.items():
+            tried.setdefault(name, set()).add(site.live)
+            if not solution.removable[solution.class_of[site.labels]].any():
+                order = sorted(range(len(site.sizes)), key=lambda side: -site.sizes[side])
+                left = [side for side in order if side not in tried[name] and site.sizes[side] > 1]
+                if left:
+                    choices[name], fresh = left[0], True
+        if not fresh:
+            break
+    groups = tuple(find_groups(builder, solution))
+    weights = {path: tensor_at(graph_module, path) for path in builder.weights}
+    return Plan(builder, solution, groups, weights)
+
+
+def _asked_for(builder: Builder, attention: Attention) -> dict[str, int]:
+    """The sides that the option asks for, at the views that feed a product of activations."""
+    if attention == "auto":
+        return {}
+    nodes = {node.name: node for node in builder.graph_module.graph.nodes}
+    choices = {}
+    for name, site in builder.sites.items():
+        side = len(site.sizes) - (2 if attention == "heads" else 1)
+        if side >= 0 and site.sizes[side] > 1 and _feeds_product(nodes[site.node], site):
+            choices[name] = side
+    return choices
+
+
+def _feeds_product(node: fx.Node, site: Site) -> bool:
+    """Whether what the view makes reaches a product of activations before any layer does."""
+    if node.op != "call_function":
+        return False  # the groups of a convolution
+    seen, front = {node}, [node]
+    for _ in range(16):  # movement, scaling, rotary embeddings, norms per head
+        following = [user for found in front for user in found.users if user not in seen]
+        if any(user.target in _PRODUCTS for user in following):
+            return True
+        front = [user for user in following if user.op == "call_function"]
+        seen.update(front)
+    return False
+
+
+def tensor_at(graph_module: fx.GraphModule, path: str) -> torch.Tensor:
+    """The parameter or buffer at ``path``."""
+    owner, _, name = path.rpartition(".")
+    tensor: Any = getattr(graph_module.get_submodule(owner), name)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
