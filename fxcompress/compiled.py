@@ -184,6 +184,28 @@ def build_engine(
     return engine
 
 
+def latency_on(
+    leaves: Sequence[Any], backend: Backend | None, *, repetitions: int = 30
+) -> Callable[[fx.GraphModule, str], float]:
+    """For passes with a latency target: median milliseconds of a graph on a backend, by building and timing it.
+
+    Args:
+        leaves: flat example inputs; their batch size is the one measured.
+        backend: that the model is compiled for; a pass that names it gets its options.
+        repetitions: calls measured, after five that are not.
+    """
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def latency(graph_module: fx.GraphModule, name: str) -> float:
+        chosen = backend if backend is not None and backend.name == name else resolve_backend(name)
+        with chosen.build(graph_module, None, BuildContext(example_inputs=leaves)) as engine:
+            args, kwargs = engine.manifest.input_structure.unflatten(tensors)
+            inputs = {**kwargs} if kwargs and not args else tuple(args)
+            return float(engine.benchmark(inputs, repetitions=repetitions).median_ms)
+
+    return latency
+
+
 def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
     """The passes of a report as a manifest lists them."""
     return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)

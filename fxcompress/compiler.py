@@ -17,7 +17,7 @@ from fxcompress.backends.registry import resolve_backend
 from fxcompress.capture import capture
 from fxcompress.capture.check import CaptureCheck, check_capture
 from fxcompress.capture.inputs import example_inputs as as_inputs
-from fxcompress.compiled import Compiled, build_engine
+from fxcompress.compiled import Compiled, build_engine, latency_on
 from fxcompress.errors import OptionError
 from fxcompress.graph.running import flat_inputs
 from fxcompress.passes.base import Pass, PassContext
@@ -85,7 +85,8 @@ def compile(
             bar.detail("compare with the model")
             check = check_capture(source, captured, leaves)
         manager = PassManager(steps, prove=verify)
-        context = PassContext(example_inputs=leaves, original=captured)
+        latency = latency_on(leaves, lowering) if leaves is not None else None
+        context = PassContext(example_inputs=leaves, original=captured, latency=latency)
         run = manager.run(
             captured,
             context,

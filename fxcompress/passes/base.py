@@ -62,11 +62,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the graph and the account of it."""
+    """What a pass returns: the graph and the account of it, with one sentence more in ``note`` if there is need."""
 
     graph_module: fx.GraphModule
     rewrites: tuple[Rewrite, ...] = ()
     skipped: tuple[Skip, ...] = ()
+    note: str = ""
 
     @property
     def changed(self) -> bool:
@@ -127,9 +128,15 @@ class Pass(ABC):
         changed = [
             f"{item.name}={getattr(self, item.name)!r}"
             for item in dataclasses.fields(self)
-            if getattr(self, item.name) != item.default
+            if not _is_default(item, getattr(self, item.name))
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _is_default(item: dataclasses.Field[Any], value: Any) -> bool:
+    if item.default_factory is not dataclasses.MISSING:
+        return bool(value == item.default_factory())
+    return value is item.default or (isinstance(value, (str, int, float, tuple)) and value == item.default)
 
 
 def _plain(value: Any) -> Any:

@@ -46,8 +46,8 @@ class PruneChannels(Pass):
         ignore: name patterns (``"layer4.*"``) of layers whose output channels stay.
         min_width: least number of channels to leave in a group.
         parameters: target: parameters left, as a share of now (below 1) or a number.
-        macs: target: multiply-accumulates left, likewise, at the example's batch size.
-        latency_ms: target: median latency on ``backend`` in milliseconds, measured on this machine.
+        macs: target: multiply-accumulates left, likewise, at batch size 1.
+        latency_ms: target: median latency on ``backend`` in milliseconds, on the example inputs and this machine.
         speedup: target: latency on ``backend`` now over latency then; above 1.
         backend: that latency is measured on.
         ratios: ratios of single layers by name pattern; 0 keeps a layer whole. The least counts where several match.
@@ -123,7 +123,7 @@ class PruneChannels(Pass):
 
             assert self.calibration is not None
             rewrites = reconstruct(original, graph_module, account, self.calibration, self.batches)
-        return PassResult(graph_module, rewrites, tuple(skipped))
+        return PassResult(graph_module, rewrites, tuple(skipped), account.note() if self.proof else "")
 
     def _classes(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 from fxcompress.errors import PreconditionError
 from fxcompress.reporting import figures
 from fxcompress.reporting.model import Report
+from fxcompress.reporting.parts import PassReport
 
 __all__ = ["render_html"]
 
@@ -83,8 +84,21 @@ def _pass(report: Report, index: int) -> dict[str, Any]:
             {"site": site.site, "result": site.result, "facts": _facts(site.detail)} for site in item.rewrites[:_ROWS]
         ],
         "more": max(0, len(item.rewrites) - _ROWS),
+        "widths": _widths(item),
         "skips": [{"group": group, "sites": group.first_sites(6)} for group in figures.grouped_skips([item])],
     }
+
+
+def _widths(item: PassReport) -> list[dict[str, Any]]:
+    widest = max((bar.before for bar in item.widths), default=0.0)
+    return [
+        {
+            "told": bar,
+            "old_percent": _percent(bar.before, widest),
+            "new_percent": _percent(bar.after, widest),
+        }
+        for bar in item.widths
+    ]
 
 
 def _facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:

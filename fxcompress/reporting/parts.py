@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from fxcompress.analysis.cost import Cost
 from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.reporting.values import from_json, to_json
 
-__all__ = ["CaptureReport", "EngineReport", "Latency", "PassReport"]
+__all__ = ["Bar", "CaptureReport", "EngineReport", "Latency", "PassReport"]
 
 
 @dataclass
@@ -31,6 +31,15 @@ class CaptureReport:
 
 
 @dataclass
+class Bar:
+    """One line of a bar chart: a figure before and after a pass, such as the width of a layer."""
+
+    label: str
+    before: float
+    after: float
+
+
+@dataclass
 class PassReport:
     """What one pass did.
 
@@ -47,6 +56,7 @@ class PassReport:
         error: relative error of the outputs against those before the pass; None if it was not measured.
         tolerance: what ``error`` had to stay within; None where any was allowed.
         note: one sentence more, or nothing.
+        widths: channels of each layer that the pass resized, in the order of the graph.
     """
 
     name: str
@@ -61,6 +71,7 @@ class PassReport:
     error: float | None = None
     tolerance: float | None = None
     note: str = ""
+    widths: list[Bar] = field(default_factory=list)
 
     @classmethod
     def from_record(cls, record: Any) -> PassReport:
@@ -80,8 +91,15 @@ class PassReport:
             after=record.after,
             error=record.error,
             tolerance=record.tolerance,
-            note=getattr(record, "note", ""),
+            note=result.note,
+            widths=_widths(result.rewrites),
         )
+
+
+def _widths(rewrites: Iterable[Rewrite]) -> list[Bar]:
+    """From rewrites whose detail has ``"widths"``: layer → before and after."""
+    told = {layer: pair for item in rewrites for layer, pair in item.detail.get("widths", {}).items()}
+    return [Bar(layer, before, after) for layer, (before, after) in told.items()]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ class Account:
         self._entries: dict[str, _Entry] = {}
         self._told: set[str] = set()
         self._proofs: list[Proof] = []
+        self._made: dict[str, dict[int, int]] = {}  # weight → sizes of the dimensions that its layer makes, at first
         names = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
         names += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
         self._names = {path: original_name(graph_module, path) for path in names}
@@ -51,6 +53,8 @@ class Account:
 
     def add(self, plan: Plan, groups: Sequence[Group], removal: Removal, kept: Kept, proof: Proof | None) -> None:
         """Take down one removal; ``kept`` is in terms of the graph just before it."""
+        for path, dims_made in plan.builder.makes.items():
+            self._made.setdefault(path, {dim: plan.weights[path].shape[dim] for dim in dims_made})
         for path, dims in kept.items():
             known = self.kept.setdefault(path, {})
             for dim, indices in dims.items():
@@ -73,6 +77,16 @@ class Account:
                     self._told.add(path)
                     self._entries[groups[number].layers[0]].weights.append(path)
 
+    def _widths(self, entry: _Entry) -> dict[str, list[int]]:
+        """Channels that each layer of a group made before and makes now."""
+        found = {}
+        for path in entry.layers:
+            kept = self.kept.get(path, {})
+            now = {dim: len(kept[dim]) if dim in kept else size for dim, size in self._made[path].items()}
+            layer = self._names[path].rpartition(".")[0] or self._names[path]
+            found[layer] = [math.prod(self._made[path].values()), math.prod(now.values())]
+        return found
+
     @staticmethod
     def _group_of_weight(plan: Plan, path: str, removal: Removal, group_of: Any) -> int:
         """The group that a weight is told with: of the first dimension that a layer makes, else of the first."""
@@ -86,6 +100,20 @@ class Account:
                 return int(group_of[plan.solution.class_of[removed[0]]])
         return -1
 
+    def note(self) -> str:
+        """What was proved, in a sentence."""
+        if not self._proofs:
+            return "the removal was not proved: there are no example inputs" if self.kept else ""
+        told = _told(self._proofs)
+        if not told["applies"]:
+            return f"the dead-channel proof does not apply: {told['reason']}"
+        norms = told["norms_over_kept_channels"]
+        beside = f", with {len(norms)} norms taken over the channels that stay" if norms else ""
+        return (
+            f"proved: outputs are those of the model with all removed weights zero{beside}; "
+            f"relative error {told['relative_error']:.1e}"
+        )
+
     def rewrites(self) -> tuple[Rewrite, ...]:
         """One rewrite per group. Each weight's ``kept`` stands whole in one of them, under its original name."""
         made = []
@@ -94,6 +122,7 @@ class Account:
                 "before": entry.before,
                 "after": entry.after,
                 "layers": [self._names[layer] for layer in entry.layers],
+                "widths": self._widths(entry),
                 "kept": {self._names[path]: self.kept[path] for path in entry.weights},
             }
             if self._proofs:

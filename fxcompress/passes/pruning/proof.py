@@ -56,6 +56,7 @@ class NormOfKept(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
         self.groups, self.dim = groups, dim
+        self.keep: torch.Tensor
         self.register_buffer("keep", keep.to(norm.weight) if norm.weight is not None else keep.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
