@@ -99,7 +99,8 @@ class PruneChannels(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Plan on the whole graph, then remove all at once; that ``steps`` times."""
         require_shapes(graph_module, self.name)
-        original = copy_graph(graph_module)
+        original = copy_graph(graph_module) if self.reconstruct else None
+        prove = self.proof and context.example_inputs is not None
         goal = goal_of(self, graph_module, context)
         account = Account(graph_module)
         skipped: list[Skip] = []
@@ -112,7 +113,7 @@ class PruneChannels(Pass):
             classes = self._classes(graph_module, plan, chosen, goal, account, step / self.steps)
             if not classes.size:
                 continue
-            before = copy_graph(graph_module)
+            before = copy_graph(graph_module) if prove else None
             removal, kept = remove(graph_module, plan, classes)
             account.add(plan, chosen, removal, kept, self._proved(before, graph_module, removal, context))
         if not account.kept and not any(skip.code == "nothing_to_prune" for skip in skipped):
@@ -121,7 +122,7 @@ class PruneChannels(Pass):
         if self.reconstruct and rewrites:
             from fxcompress.passes.pruning.reconstruct import reconstruct
 
-            assert self.calibration is not None
+            assert self.calibration is not None and original is not None
             rewrites = reconstruct(original, graph_module, account, self.calibration, self.batches)
         return PassResult(graph_module, rewrites, tuple(skipped), account.note() if self.proof else "")
 
@@ -139,10 +140,11 @@ class PruneChannels(Pass):
         choice = Choice(groups, plan.kinds(groups), scores, self._limits(account, groups, share))
         return goal.classes(graph_module, plan, lambda ratio: plan.without_empty(choice.at(ratio), scores), share)
 
+    @staticmethod
     def _proved(
-        self, before: fx.GraphModule, after: fx.GraphModule, removal: Removal, context: PassContext
+        before: fx.GraphModule | None, after: fx.GraphModule, removal: Removal, context: PassContext
     ) -> Proof | None:
-        if not self.proof or context.example_inputs is None:
+        if before is None or context.example_inputs is None:
             return None
         return dead_channel_proof(before, after, removal, context.example_inputs, context.seed)
 

@@ -1,0 +1,142 @@
+"""Batches of data as calls of a graph: which of a batch is input, and what is left over (labels, as a rule)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import PreconditionError
+from fxcompress.graph.info import info
+from fxcompress.graph.running import flat_inputs
+
+__all__ = ["Batch", "batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, taken apart.
+
+    Attributes:
+        leaves: flat inputs of the graph, in placeholder order.
+        rest: what the batch holds beside them: labels, weights.
+        whole: the batch as it came.
+    """
+
+    leaves: list[Any]
+    rest: tuple[Any, ...]
+    whole: Any
+
+    @property
+    def size(self) -> int:
+        """Samples: the first dimension of the first tensor."""
+        return next((len(leaf) for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.dim()), 1)
+
+
+def batches(
+    graph_module: fx.GraphModule,
+    data: Iterable[Any],
+    *,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[Batch]:
+    """The batches of ``data`` as calls of the graph.
+
+    A tensor is the only argument. A dict gives arguments by name, a tuple or list by position; what the model does
+    not take is the rest: ``(images, labels)`` from a ``DataLoader`` is one input and one label. ``(arguments,
+    labels)`` works too, where ``arguments`` is itself a dict, tuple or list.
+
+    Args:
+        graph_module: a captured graph.
+        data: any iterable; a generator can be read only once.
+        limit: most batches to take.
+        device: where inputs and rest are moved; None leaves them.
+
+    Raises:
+        PreconditionError: there is no batch, or one does not fit; names it.
+    """
+    count = 0
+    for number, given in enumerate(_iterate(data)):
+        if limit is not None and number >= limit:
+            break
+        count += 1
+        where = f"batch {number} of the data"
+        args, kwargs, rest = _parted(graph_module, given, where)
+        try:
+            leaves = flat_inputs(graph_module, args, kwargs)
+        except PreconditionError as error:
+            raise PreconditionError(error.problem, where=where, remedy=error.remedy) from error
+        _check(graph_module, leaves, where)
+        if device is not None:
+            leaves, rest = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), (leaves, rest))
+        yield Batch(leaves, rest, given)
+    if not count:
+        raise PreconditionError(
+            "the data holds no batch",
+            where="calibration data",
+            remedy="give a list or a DataLoader; a generator that was read once is empty",
+        )
+
+
+def _iterate(data: Iterable[Any]) -> Iterator[Any]:
+    if isinstance(data, (torch.Tensor, Mapping, str)):
+        raise PreconditionError(
+            f"the data is a {type(data).__name__}, not a series of batches", remedy="give a list of batches: [batch]"
+        )
+    try:
+        return iter(data)
+    except TypeError:
+        raise PreconditionError(
+            f"the data is a {type(data).__name__}, which cannot be iterated over",
+            remedy="give a list of batches or a DataLoader",
+        ) from None
+
+
+def _parted(graph_module: fx.GraphModule, given: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional and keyword arguments of the model, and the rest."""
+    names = info(graph_module).parameter_names
+    if isinstance(given, torch.Tensor):
+        return (given,), {}, ()
+    if isinstance(given, Mapping):
+        if any(name in given for name in names):
+            kwargs = {name: given[name] for name in names if name in given}
+            return (), kwargs, tuple(value for key, value in given.items() if key not in kwargs)
+        spec = info(graph_module).in_spec.child(0)
+        if len(names) == 1 and spec.num_children == 1 and spec.child(0).type is dict:
+            return (given,), {}, ()
+    if isinstance(given, (tuple, list)):
+        first = given[0] if given else None
+        nested = isinstance(first, Mapping) and any(name in first for name in names)
+        spread = isinstance(first, (tuple, list)) and len(first) == len(names) > 1
+        if nested or (spread and len(given) <= 2):
+            args, kwargs, rest = _parted(graph_module, first, where)
+            return args, kwargs, (*rest, *given[1:])
+        if len(given) >= len(names):
+            return tuple(given[: len(names)]), {}, tuple(given[len(names) :])
+    raise PreconditionError(
+        f"a {type(given).__name__} gives no inputs for a model that takes {', '.join(names)}",
+        where=where,
+        remedy="give a tuple of the arguments, a dict with their names, or those and labels",
+    )
+
+
+def _check(graph_module: fx.GraphModule, leaves: list[Any], where: str) -> None:
+    for node, leaf in zip(graph_module.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        fits = isinstance(leaf, torch.Tensor) and leaf.dim() == value.dim() and leaf.dtype == value.dtype
+        if fits:
+            pairs = zip(leaf.shape, value.shape, strict=True)
+            fits = all(isinstance(size, torch.SymInt) or int(size) == given for given, size in pairs)
+        if not fits:
+            got = f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            raise PreconditionError(
+                f"the input {node.target!r} is {got}; the model was captured with {value.dtype} {list(value.shape)}",
+                where=where,
+                remedy="give data like the example inputs",
+            )
