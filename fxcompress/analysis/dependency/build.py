@@ -9,14 +9,30 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxcompress.analysis.dependency import contraction, elementwise, movement
+from fxcompress.analysis.dependency import (
+    contraction,
+    convolution,
+    elementwise,
+    indexing,
+    movement,
+    norms,
+    reductions,
+)
 from fxcompress.analysis.dependency.builder import Builder, Rule
 from fxcompress.analysis.dependency.layers import layer
 from fxcompress.analysis.dependency.layout import inert
 
 __all__ = ["build"]
 
-_RULES: dict[Any, Rule] = {**elementwise.RULES, **movement.RULES, **contraction.RULES}
+_RULES: dict[Any, Rule] = {
+    **elementwise.RULES,
+    **reductions.RULES,
+    **movement.RULES,
+    **indexing.RULES,
+    **contraction.RULES,
+    **convolution.RULES,
+    **norms.RULES,
+}
 
 
 def build(graph_module: fx.GraphModule, choices: Mapping[str, int] | None = None) -> Builder:
@@ -52,8 +68,8 @@ def _constant(builder: Builder, node: fx.Node) -> Any:
     owner, _, name = path.rpartition(".")
     tensor = getattr(builder.graph_module.get_submodule(owner), name)
     trained = isinstance(tensor, nn.Parameter)
-    if not trained and not tensor.is_floating_point():
-        return _inert(tensor)  # indices and masks
+    if not trained and not tensor.is_floating_point() and tensor.dtype is not torch.bool:
+        return _inert(tensor)  # indices
     return builder.weight(path, tensor, layout=(None,) * tensor.dim(), site=node.name)
 
 

@@ -15,13 +15,18 @@ from fxcompress.analysis.dependency.layout import (
     Array,
     Block,
     Dim,
+    Dirt,
     Factor,
     Layout,
     blocks,
+    cleaned,
     inert,
     is_live,
+    labelled,
+    matching,
     regroup,
     size_of,
+    spread,
     vector,
 )
 
@@ -63,7 +68,10 @@ class Builder:
     normed: list[Array] = field(default_factory=list)
     makes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # weight → dimensions that a layer makes
     groups: dict[str, Dim] = field(default_factory=dict)  # grouped layer → the dimension that counts its groups
+    counts: dict[fx.Node, Dim] = field(default_factory=dict)  # call with a number of groups → their dimension
+    reindexed: dict[fx.Node, tuple[int, Array]] = field(default_factory=dict)  # movement → dimension, index picked
     _of_tensor: dict[int, str] = field(default_factory=dict)
+    _paths: dict[int, set[str]] = field(default_factory=dict)
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -75,10 +83,12 @@ class Builder:
         A weight met again (tied, or a layer called twice) keeps its first layout, and the new one is made equal.
         """
         key = self._of_tensor.setdefault(id(tensor), path)
+        self._paths.setdefault(id(tensor), set()).add(path)
         known = self.weights.get(key)
         if known is None:
             known = tuple(
-                self.fresh(size) if dim is None else dim for dim, size in zip(layout, tensor.shape, strict=True)
+                self.fresh(size) if dim is None else cleaned(dim)
+                for dim, size in zip(layout, tensor.shape, strict=True)
             )
             self.weights[key] = known
         else:
@@ -90,6 +100,10 @@ class Builder:
         if makes:
             self.makes[path] = makes
         return known
+
+    def shared(self, tensor: torch.Tensor) -> bool:
+        """Whether a weight is reached by several paths."""
+        return len(self._paths.get(id(tensor), ())) > 1
 
     def fresh(self, size: int, *, made: bool = False) -> Dim:
         """A dimension with new labels."""
@@ -106,35 +120,32 @@ class Builder:
         if not is_live(left) or not is_live(right):
             self.pin([left, right], site, "it meets a dimension from which nothing can be removed")
             return
-        if self._align_blocks(left, right):
+        pairs = matching(left, right)
+        if pairs is not None:
+            for x, y in pairs:
+                self.labels.unify(x.labels, y.labels)
             return
         a, b = vector(left), vector(right)
         if a is not None and b is not None and len(a) == len(b):
             self.labels.unify(a, b)
             return
+        whole = self.hardened(left, site), self.hardened(right, site)
+        if whole[0] is not left or whole[1] is not right:
+            if is_live(whole[0]) and is_live(whole[1]):
+                self.align(*whole, site)
+            elif is_live(whole[0]) or is_live(whole[1]):
+                self.pin(whole, site, "it meets a dimension from which nothing can be removed")
+            return
         self.pin([left, right], site, "two different splits of a dimension meet")
 
-    def _align_blocks(self, left: Dim, right: Dim) -> bool:
-        """Dimensions with the same factors and blocks on the same factors are equal block by block."""
-        left = tuple(factor for factor in left if factor.size != 1)
-        right = tuple(factor for factor in right if factor.size != 1)
-        if [factor.size for factor in left] != [factor.size for factor in right]:
-            return False
-        pairs: list[tuple[Block, Block]] = []
-        for a, b in zip(left, right, strict=True):
-            if (a.block is None) != (b.block is None):
-                return False
-            if a.block is None or b.block is None:
-                continue
-            if a.axis != b.axis or a.block.labels.shape != b.block.labels.shape:
-                return False
-            if not any(a.block is x and b.block is y for x, y in pairs):
-                if any(a.block is x or b.block is y for x, y in pairs):
-                    return False
-                pairs.append((a.block, b.block))
-        for x, y in pairs:
-            self.labels.unify(x.labels, y.labels)
-        return True
+    def hardened(self, dim: Dim, site: str) -> Dim:
+        """The dimension with its soft blocks kept whole."""
+        soft = [block for block in blocks(dim) if block.soft]
+        if not soft:
+            return dim
+        for block in soft:
+            self.labels.pin(block.labels.reshape(-1), site, "what is repeated meets a split of another dimension")
+        return tuple(Factor(f.size) if f.block is not None and f.block.soft else f for f in dim)
 
     def pin(self, dims: Iterable[Dim], site: str, reason: str) -> None:
         """Nothing may be removed from these dimensions, and why."""
@@ -164,15 +175,20 @@ class Builder:
         found: Layout = self.values[node]
         return found
 
-    def view(self, node: fx.Node, layout: Layout, sizes: Sequence[Any]) -> Layout:
-        """``layout`` seen with other sizes; where a block falls apart, one side is chosen to stay removable."""
+    def view(self, node: fx.Node, layout: Layout, sizes: Sequence[Any], *, live: int | None = None) -> Layout:
+        """``layout`` seen with other sizes; where a block falls apart, one side is chosen to stay removable.
+
+        ``live`` says which dimension of the result that is where the operation leaves no choice.
+        """
         groups = regroup(layout, sizes)
         if groups is None:
             self.barrier(node, "the view mixes dimensions in a way that cannot be followed", layout)
             return tuple(inert(size) for size in sizes)
-        return self.separated(node, groups, sizes)
+        return self.separated(node, groups, sizes, live=live)
 
-    def separated(self, node: fx.Node, groups: Sequence[Sequence[Factor]], sizes: Sequence[Any]) -> Layout:
+    def separated(
+        self, node: fx.Node, groups: Sequence[Sequence[Factor]], sizes: Sequence[Any], *, live: int | None = None
+    ) -> Layout:
         """Dimensions from factors, such that no block has axes in two of them."""
         dims = [tuple(group) or inert(size) for group, size in zip(groups, sizes, strict=True)]
         count = 0
@@ -181,6 +197,9 @@ class Builder:
             if split is None:
                 return tuple(dims)
             block, homes = split
+            if live in homes:
+                dims = self._resolve(dims, block, homes, homes.index(live))
+                continue
             dims = self._choose(node, dims, block, homes, count)
             count += 1
 
@@ -190,12 +209,18 @@ class Builder:
         sizes = tuple(int(np.prod([block.labels.shape[axis] for axis in axes[home]])) for home in homes)
         live = self.choices.get(name, int(np.argmax(sizes)))
         self.sites[name] = Site(node.name, sizes, live, block.labels)
-        keep = axes[homes[live]]
+        return self._resolve(dims, block, homes, live)
+
+    def _resolve(self, dims: list[Dim], block: Block, homes: list[int], live: int) -> list[Dim]:
+        """Let only the ``live``-th of a block's homes lose indices."""
+        keep = [factor.axis for factor in dims[homes[live]] if factor.block is block]
         drop = [axis for axis in range(block.labels.ndim) if axis not in keep]
         # Indices that differ only along the sides that stay whole go together.
-        ordered = block.labels.transpose(*keep, *drop).reshape(*(block.labels.shape[a] for a in keep), -1)
-        self.labels.unify(ordered, ordered[..., :1])
-        fresh = Block(np.ascontiguousarray(ordered[..., 0]))
+        shape = tuple(block.labels.shape[axis] for axis in keep)
+        ordered = block.moved(lambda values: values.transpose(*keep, *drop).reshape(*shape, -1))
+        self.labels.unify(ordered.labels, ordered.labels[..., :1])
+        dirty = ordered.dirty if isinstance(ordered.dirty, bool) else ordered.dirt.any(-1)
+        fresh = Block(np.ascontiguousarray(ordered.labels[..., 0]), dirty, block.soft)
 
         def resolved(factor: Factor) -> Factor:
             if factor.block is not block:
@@ -211,26 +236,32 @@ class Builder:
             for part in parts:
                 total = total + size_of(part)
             return (Factor(total),)
-        vectors = [self.vector_or_pinned(part, node) for part in parts]
-        if any(found is None for found in vectors):
+        found = [self.spread_or_pinned(part, node) for part in parts]
+        if any(item is None for item in found):
             self.barrier(node, "it joins a dimension of symbolic size to one from which channels could go", parts)
             total = 0
             for part in parts:
                 total = total + size_of(part)
             return (Factor(total),)
-        return (Factor(sum(map(len, vectors)), Block(np.concatenate(vectors))),)  # type: ignore[arg-type]
+        joined = [item for item in found if item is not None]
+        return labelled(np.concatenate([item[0] for item in joined]), np.concatenate([item[1] for item in joined]))
 
     def vector_or_pinned(self, dim: Dim, node: fx.Node) -> Array | None:
         """Labels of a dimension, index by index; pinned ones where it has none. None for a symbolic size."""
+        found = self.spread_or_pinned(dim, node)
+        return None if found is None else found[0]
+
+    def spread_or_pinned(self, dim: Dim, node: fx.Node) -> tuple[Array, Dirt] | None:
+        """Label and dirt of each index of a dimension; pinned where it has none. None for a symbolic size."""
         size = size_of(dim)
         if not isinstance(size, int):
             return None
-        found = vector(dim)
+        found = spread(dim) or spread(self.hardened(dim, node.name))
         if found is not None:
             return found
         if is_live(dim):
             self.pin([dim], node.name, "its indices are removable in two ways at once, which this operation mixes")
-        return np.full(size, PINNED, dtype=np.int64)
+        return np.full(size, PINNED, dtype=np.int64), np.zeros(size, dtype=bool)
 
     def edge(self, source: tuple[str, str, int], target: tuple[str, str, int], op: str) -> None:
         """Record a dependency between two dimensions for the graph that users see."""

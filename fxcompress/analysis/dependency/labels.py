@@ -42,7 +42,7 @@ class Labels:
         self._count = 1
         self._left: list[Array] = []
         self._right: list[Array] = []
-        self._made: list[tuple[int, int]] = []
+        self._made: list[Array] = []
         self._pins: list[tuple[Array, tuple[str, str]]] = []
 
     def fresh(self, shape: tuple[int, ...], *, made: bool = False) -> Array:
@@ -50,9 +50,14 @@ class Labels:
         size = int(np.prod(shape))
         first = self._count
         self._count += size
+        labels = np.arange(first, first + size, dtype=np.int64).reshape(shape)
         if made:
-            self._made.append((first, first + size))
-        return np.arange(first, first + size, dtype=np.int64).reshape(shape)
+            self.made(labels)
+        return labels
+
+    def made(self, labels: Array) -> None:
+        """A weight makes these indices: removing them saves work."""
+        self._made.append(labels.reshape(-1))
 
     def unify(self, left: Array, right: Array) -> None:
         """Labels at equal positions go together."""
@@ -75,8 +80,8 @@ class Labels:
         right = np.concatenate([empty, *self._right, *(pair[1] for pair in pinned)])
         class_of = connected_components(self._count, left, right)
         removable = np.zeros(self._count, dtype=bool)
-        for first, last in self._made:
-            removable[class_of[first:last]] = True
+        for labels in self._made:
+            removable[class_of[labels]] = True
         removable[class_of[PINNED]] = False
         return Solution(class_of, removable, self._why(left, right))
 

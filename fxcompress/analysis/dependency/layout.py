@@ -11,7 +11,7 @@ Factors whose labels belong together (a vector just split in two, a permutation 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +19,53 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Block", "Dim", "Factor", "Layout", "inert", "regroup", "size_of", "vector"]
+__all__ = [
+    "Block",
+    "Dim",
+    "Factor",
+    "Layout",
+    "inert",
+    "labelled",
+    "matching",
+    "regroup",
+    "size_of",
+    "spread",
+    "vector",
+]
 
 Array = NDArray[np.int64]
+Dirt = NDArray[np.bool_]
 
 
 @dataclass(eq=False)
 class Block:
-    """Labels of one or several factors; one axis per factor."""
+    """Labels of one or several factors; one axis per factor.
+
+    Attributes:
+        labels: one per index.
+        dirty: whether the value holds anything but zero at an index once all weights of its class are zeroed; one for
+            all indices, or one each. A linear layer leaves zeros, ``sigmoid`` of them does not.
+        soft: it comes from repeating one number (``expand``, ``zeros``) and could be cut anywhere; where it meets a
+            split that it cannot follow, it stays whole instead of holding the other back.
+    """
 
     labels: Array
+    dirty: Any = False
+    soft: bool = False
+
+    @property
+    def dirt(self) -> Dirt:
+        """``dirty``, one for each label."""
+        return np.broadcast_to(np.asarray(self.dirty, dtype=bool), self.labels.shape)
+
+    def cleaned(self) -> Block:
+        """The same labels in a value that is zero where they are removed."""
+        return self if self.dirty is False and not self.soft else Block(self.labels)
+
+    def moved(self, move: Callable[[Any], Any]) -> Block:
+        """The block after ``move``, which reshapes or reorders an array."""
+        dirty = self.dirty if isinstance(self.dirty, bool) else move(self.dirt)
+        return Block(move(self.labels), dirty, self.soft)
 
 
 @dataclass(frozen=True)
@@ -49,9 +86,9 @@ def inert(size: Any) -> Dim:
     return (Factor(_plain(size)),)
 
 
-def labelled(labels: Array) -> Dim:
+def labelled(labels: Array, dirty: Any = False, *, soft: bool = False) -> Dim:
     """A dimension with one label per index."""
-    return (Factor(len(labels), Block(labels)),)
+    return (Factor(len(labels), Block(np.ascontiguousarray(labels), dirty, soft)),)
 
 
 def size_of(dim: Dim) -> Any:
@@ -76,8 +113,8 @@ def blocks(dim: Dim) -> list[Block]:
     return found
 
 
-def vector(dim: Dim) -> Array | None:
-    """One label per index of a static dimension; None where several blocks would each have a say."""
+def spread(dim: Dim) -> tuple[Array, Dirt] | None:
+    """Label and dirt of each index of a static dimension; None where several blocks would each have a say."""
     found = blocks(dim)
     if len(found) != 1 or any(not isinstance(factor.size, int) for factor in dim):
         return None
@@ -87,8 +124,66 @@ def vector(dim: Dim) -> Array | None:
         return None
     shape = tuple(factor.size if factor.block is not None else 1 for factor in dim)
     full = tuple(factor.size for factor in dim)
-    labels = block.labels.transpose(axes).reshape(shape)
-    return np.broadcast_to(labels, full).reshape(-1)
+
+    def each(values: Any) -> Any:
+        return np.broadcast_to(values.transpose(axes).reshape(shape), full).reshape(-1)
+
+    return each(block.labels), each(block.dirt)
+
+
+def vector(dim: Dim) -> Array | None:
+    """One label per index of a static dimension; None where several blocks would each have a say."""
+    found = spread(dim)
+    return None if found is None else found[0]
+
+
+def gathered(dim: Dim, values: Dirt) -> Dirt:
+    """One value per index of a static dimension brought back to its only block: true where any index is."""
+    axes = [factor.axis for factor in dim if factor.block is not None]
+    rest = tuple(place for place, factor in enumerate(dim) if factor.block is None)
+    full = values.reshape(tuple(factor.size for factor in dim))
+    return np.asarray(full.any(axis=rest)).transpose(np.argsort(axes)) if rest else full.transpose(np.argsort(axes))
+
+
+def matching(left: Dim, right: Dim) -> list[tuple[Block, Block]] | None:
+    """Pairs of blocks of two dimensions that have the same factors, with blocks on the same ones; else None."""
+    left = tuple(factor for factor in left if factor.size != 1)
+    right = tuple(factor for factor in right if factor.size != 1)
+    if [factor.size for factor in left] != [factor.size for factor in right]:
+        return None
+    pairs: list[tuple[Block, Block]] = []
+    for a, b in zip(left, right, strict=True):
+        if (a.block is None) != (b.block is None):
+            return None
+        if a.block is None or b.block is None:
+            continue
+        if a.axis != b.axis or a.block.labels.shape != b.block.labels.shape:
+            return None
+        if not any(a.block is x and b.block is y for x, y in pairs):
+            if any(a.block is x or b.block is y for x, y in pairs):
+                return None
+            pairs.append((a.block, b.block))
+    return pairs
+
+
+def redone(dim: Dim, change: Callable[[Block], Block]) -> Dim:
+    """The dimension with each of its blocks changed; axes stay."""
+    fresh = {id(block): change(block) for block in blocks(dim)}
+    return tuple(
+        factor if factor.block is None else Factor(factor.size, fresh[id(factor.block)], factor.axis) for factor in dim
+    )
+
+
+def cleaned(dim: Dim) -> Dim:
+    """The dimension of a value that is zero at all removed indices."""
+    return redone(dim, Block.cleaned)
+
+
+def dirtied(dim: Dim) -> Dim:
+    """The dimension of a value that holds something at every index, removed or not."""
+    if all(block.dirty is True for block in blocks(dim)):
+        return dim
+    return redone(dim, lambda block: Block(block.labels, True, block.soft))
 
 
 def _plain(size: Any) -> Any:
@@ -146,7 +241,7 @@ def _split(factor: Factor, outer: int, inner: int, pending: list[Factor], *place
         return Factor(outer), Factor(inner)
     shape = block.labels.shape
     axis = factor.axis
-    fresh = Block(block.labels.reshape(*shape[:axis], outer, inner, *shape[axis + 1 :]))
+    fresh = block.moved(lambda values: values.reshape(*shape[:axis], outer, inner, *shape[axis + 1 :]))
 
     def moved(other: Factor) -> Factor:
         if other.block is not block:

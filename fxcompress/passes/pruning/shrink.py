@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.analysis.dependency.recurrent import GATES
 from fxcompress.analysis.dependency.removal import Removal
 from fxcompress.graph.edit import GraphEditor
 
@@ -44,9 +45,10 @@ def shrink_weights(
             editor.set_tensor(path, tensor)
     for path, tensors in layers.items():
         groups = removal.builder.groups.get(path)
-        editor.set_module(
-            path, _refitted(graph_module.get_submodule(path), tensors, removal.kept(groups) if groups else None)
-        )
+        layer = _refitted(graph_module.get_submodule(path), tensors, removal.kept(groups) if groups else None)
+        if isinstance(layer, nn.RMSNorm):
+            _recount(layer, graph_module.get_submodule(path), path, removal, editor)
+        editor.set_module(path, layer)
     return kept
 
 
@@ -57,6 +59,22 @@ def _cut(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Tensor
             result = result.index_select(dim, index.to(result.device))
         result = result.contiguous()
     return nn.Parameter(result, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else result
+
+
+def _recount(layer: nn.RMSNorm, before: nn.Module, path: str, removal: Removal, editor: GraphEditor) -> None:
+    """Let a smaller RMS norm divide by the count of channels that there were: ``eps·N/k``, ``weight·√(N/k)``."""
+    assert isinstance(before, nn.RMSNorm)
+    assert layer.weight is not None
+    assert before.weight is not None
+    ratio = before.normalized_shape[0] / layer.normalized_shape[0]
+    layer.eps = (torch.finfo(layer.weight.dtype).eps if layer.eps is None else layer.eps) * ratio
+    if removal.builder.shared(before.weight):  # others need the weight as it is
+        for node in [node for node in editor.graph.nodes if node.op == "call_module" and node.target == path]:
+            made = editor.insert_call(torch.ops.aten.mul.Tensor, (node, ratio**0.5), after=node, like=node)
+            removal.builder.values[made] = removal.builder.values[node]
+            editor.replace(node, made)
+        return
+    layer.weight = nn.Parameter(layer.weight.detach() * ratio**0.5, requires_grad=layer.weight.requires_grad)
 
 
 def _refitted(layer: nn.Module, tensors: dict[str, torch.Tensor], groups: int | None) -> nn.Module:
@@ -84,10 +102,13 @@ def _refitted(layer: nn.Module, tensors: dict[str, torch.Tensor], groups: int | 
         widths.num_groups = int(groups) if groups is not None else fresh.num_groups
     elif isinstance(fresh, nn.Embedding):
         widths.num_embeddings, widths.embedding_dim = fresh.weight.shape
+    elif isinstance(fresh, nn.Bilinear):
+        widths.out_features, widths.in1_features, widths.in2_features = fresh.weight.shape
     elif isinstance(fresh, nn.PReLU):
         widths.num_parameters = len(fresh.weight)
     elif isinstance(fresh, nn.RNNBase):
-        widths.hidden_size = widths.weight_hh_l0.shape[1]
+        widths.hidden_size = widths.weight_ih_l0.shape[0] // GATES[type(fresh).__name__]
         widths.input_size = widths.weight_ih_l0.shape[1]
+        widths.proj_size = widths.weight_hr_l0.shape[0] if fresh.proj_size else 0
         widths._flat_weights = [getattr(fresh, name) for name in fresh._flat_weights_names]
     return fresh

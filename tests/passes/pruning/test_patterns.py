@@ -342,7 +342,7 @@ class SoftmaxOverChannels(Base):
         return self.tail(torch.softmax(self.stem(x), 1))
 
 
-@pattern((3, 8, 8), fewer=False)
+@pattern((3, 8, 8))
 class MeanOverChannels(Base):
     def __init__(self):
         super().__init__()

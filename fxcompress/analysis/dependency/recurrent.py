@@ -1,0 +1,69 @@
+"""Rules of recurrent layers: hidden units, projections, given states.
+
+A unit without weights holds ``h = 0``: an LSTM's ``c' = σ(0)·c + σ(0)·tanh(0)`` and ``h = σ(0)·tanh(c')``; a GRU's
+``h' = (1−σ(0))·tanh(0) + σ(0)·h``. So it stays zero if it starts from zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+from fxcompress.analysis.dependency.builder import Builder
+from fxcompress.analysis.dependency.layout import Dim, Factor, Layout, blocks, dirtied, inert, is_live
+
+__all__ = ["recurrent"]
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def recurrent(b: Builder, node: fx.Node, module: nn.RNNBase, path: str, source: Layout) -> Any:
+    """The layouts of the sequence and the states; all layers and directions have one width."""
+    projected = module.proj_size > 0
+    directions = 2 if module.bidirectional else 1
+    cell = b.fresh(module.hidden_size, made=True)
+    hidden = b.fresh(module.proj_size, made=True) if projected else cell
+    out: Dim = (Factor(directions), *hidden) if directions == 2 else hidden
+    _weigh(b, node, module, path, (source[-1], out, cell, hidden))
+    for dim in source[:-1]:
+        if is_live(dim):
+            b.barrier(node, "a recurrent layer runs along this dimension", [dim])
+    if len(node.args) > 1 and _dirty(b, node, node.args[1], (hidden, cell) if projected else (cell, cell)):
+        out, hidden, cell = dirtied(out), dirtied(hidden), dirtied(cell)
+    batch = source[:-2] if len(source) == 2 else (source[0],) if module.batch_first else (source[1],)
+    count = inert(module.num_layers * directions)
+    state = (count, *batch, hidden)
+    sequence = (*source[:-1], out)
+    return [sequence, [state, (count, *batch, cell)]] if isinstance(module, nn.LSTM) else [sequence, state]
+
+
+def _weigh(b: Builder, node: fx.Node, module: nn.RNNBase, path: str, dims: tuple[Dim, Dim, Dim, Dim]) -> None:
+    read, out, cell, hidden = dims
+    stacked: Dim = (Factor(GATES[type(module).__name__]), *cell)
+    layouts: dict[str, tuple[Dim, ...]] = {
+        "weight_ih": (stacked, read),
+        "weight_hh": (stacked, hidden),
+        "weight_hr": (hidden, cell),
+        "bias_ih": (stacked,),
+        "bias_hh": (stacked,),
+    }
+    for names in module._all_weights:
+        for name in names:
+            kind, _, rest = name.partition("_l")
+            layout = layouts[kind]
+            if kind == "weight_ih" and not rest.startswith("0"):
+                layout = (stacked, out)
+            makes = (0,) if len(layout) == 2 else ()
+            b.weight(f"{path}.{name}", getattr(module, name), layout=layout, site=node.name, makes=makes)
+
+
+def _dirty(b: Builder, node: fx.Node, given: Any, widths: tuple[Dim, Dim]) -> bool:
+    """Whether a given state is anything but zero at removed units; its width follows the layer's."""
+    dirty = False
+    states = list(given) if isinstance(given, (tuple, list)) else [given]
+    for state, width in zip(states, widths, strict=False):
+        dim = b.layout(state)[-1]
+        b.align(width, dim, node.name)
+        dirty = dirty or not is_live(dim) or any(bool(block.dirt.any()) for block in blocks(dim))
+    return dirty

@@ -1,0 +1,126 @@
+"""Statistics over channels, kept as they were: a mean goes on dividing by the number of channels that there were.
+
+With ``N`` channels of which ``k`` stay and the others are zero,
+
+    mean = mean_k · k/N        var = (Σ_k (x−m)² + (N−k)·m²) / (N−c),   m = Σ_k x / N
+
+and an RMS norm is itself with ``eps·N/k``, times ``√(N/k)``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.dependency.layout import blocks, size_of
+from fxcompress.analysis.dependency.overloads import overloads
+from fxcompress.analysis.dependency.reductions import reduced_dims
+from fxcompress.analysis.dependency.removal import Removal
+from fxcompress.capture.raising import call_arguments
+from fxcompress.graph.edit import GraphEditor
+
+__all__ = ["RULES"]
+
+aten = torch.ops.aten
+
+
+def _source(node: fx.Node) -> fx.Node:
+    a = call_arguments(node)
+    source = a.get("self", a.get("input"))
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _share(node: fx.Node, removal: Removal) -> float:
+    """Which part of what is reduced stays."""
+    layout = removal.builder.values[_source(node)]
+    share = 1.0
+    for place in reduced_dims(node, len(layout)):
+        for block in blocks(layout[place]):
+            gone = removal.removed[block.labels]
+            share *= float((~gone).sum()) / gone.size
+    return share
+
+
+def _scaled(node: fx.Node, factor: float, removal: Removal, editor: GraphEditor) -> None:
+    made = editor.insert_call(aten.mul.Tensor, (node, factor), after=node, like=node)
+    removal.builder.values[made] = removal.builder.values[node]
+    editor.replace(node, made)
+
+
+def _mean(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    share = _share(node, removal)
+    if share != 1:
+        _scaled(node, share, removal, editor)
+
+
+def _variance(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    """var, std and their like with means, spelled out."""
+    share = _share(node, removal)
+    if share == 1:
+        return
+    a = call_arguments(node)
+    source = _source(node)
+    layout = removal.builder.values[source]
+    dims = reduced_dims(node, len(layout))
+    total = math.prod(int(size_of(layout[place])) for place in dims)
+    left = round(total * share)
+    kind = str(node.target._opname)  # type: ignore[union-attr]
+    keep = bool(a.get("keepdim", False))
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = editor.insert_call(target, args, before=node, like=node)
+        editor.set_args(made, made.args)  # what it reads is about to shrink
+        return made
+
+    mean = call(aten.mul.Tensor, call(aten.sum.dim_IntList, source, dims, True), 1.0 / total)
+    centred = call(aten.sub.Tensor, source, mean)
+    squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True)
+    missing = call(aten.mul.Tensor, call(aten.mul.Tensor, mean, mean), float(total - left))
+    made = call(aten.mul.Tensor, call(aten.add.Tensor, squares, missing), 1.0 / (total - _correction(a)))
+    if "std" in kind:
+        made = call(aten.sqrt.default, made)
+    results = [made, mean] if kind.endswith("_mean") else [made]
+    if not keep:
+        results = [call(aten.squeeze.dims, item, dims) for item in results]
+    if len(results) == 1:
+        editor.replace(node, results[0])
+        return
+    for user in list(node.users):
+        editor.replace(user, results[int(user.args[1])])  # type: ignore[arg-type]
+
+
+def _correction(arguments: dict[str, Any]) -> float:
+    if arguments.get("correction") is not None:
+        return float(arguments["correction"])
+    return 1.0 if arguments.get("unbiased", True) else 0.0
+
+
+def _normalized(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    """layer_norm and rms_norm without a layer: the shape is an argument; an RMS norm can be put right."""
+    a = call_arguments(node)
+    layout = removal.builder.values[_source(node)]
+    count = len(a["normalized_shape"])
+    if not any(removal.touches(dim) for dim in layout[-count:]):
+        return
+    a["normalized_shape"] = [int(removal.kept(dim)) for dim in layout[-count:]]
+    if node.target is aten.rms_norm.default:
+        total = int(size_of(layout[-1]))
+        share = a["normalized_shape"][-1] / total
+        eps = a["eps"] if a["eps"] is not None else torch.finfo(node.meta["val"].dtype).eps
+        a["eps"] = eps / share
+        editor.set_args(node, list(a.values()), {})
+        _scaled(node, math.sqrt(1 / share), removal, editor)
+        return
+    editor.set_args(node, list(a.values()), {})
+
+
+RULES: dict[Any, Any] = {
+    **dict.fromkeys(overloads("mean"), _mean),
+    **dict.fromkeys(overloads("var std var_mean std_mean"), _variance),
+    aten.layer_norm.default: _normalized,
+    aten.rms_norm.default: _normalized,
+}
