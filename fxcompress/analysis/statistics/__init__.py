@@ -1,0 +1,30 @@
+"""Statistics of activations, streamed over data: one collector for low rank, pruning, quantization and sensitivity.
+
+::
+
+    requests = {"fc1": [SecondMoment("input")], "relu": [Range(), Histogram()]}
+    statistics = collect(graph_module, loader, requests, limit=16)
+    statistics["fc1", SecondMoment("input")].total
+
+``collect`` runs the graph; ``kinds`` says what can be asked for; ``patches`` is what a convolution reads.
+"""
+
+from fxcompress.analysis.statistics.collect import Statistics, collect
+from fxcompress.analysis.statistics.histogram import Histogram, HistogramValue
+from fxcompress.analysis.statistics.kinds import Mean, MeanAbs, MeanSquare, Range, Statistic
+from fxcompress.analysis.statistics.moments import CrossMoment, Moments, SecondMoment
+
+__all__ = [
+    "CrossMoment",
+    "Histogram",
+    "HistogramValue",
+    "Mean",
+    "MeanAbs",
+    "MeanSquare",
+    "Moments",
+    "Range",
+    "SecondMoment",
+    "Statistic",
+    "Statistics",
+    "collect",
+]

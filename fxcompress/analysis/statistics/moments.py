@@ -1,0 +1,133 @@
+"""Second moments Σ x xᵀ of what a layer reads, and Σ y xᵀ between what two nodes produce.
+
+With the second moment C of the inputs the error of any other weight W' of the layer is known without data:
+Σ ‖W x − W' x‖² = tr((W − W') C (W − W')ᵀ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
+from fxcompress.analysis.statistics.patches import geometry, patches
+
+__all__ = ["CrossMoment", "Moments", "SecondMoment"]
+
+# Rows that are taken into float64 at once: bounds the memory beside the activation itself.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all rows that a layer read; for a grouped convolution, of each group apart.
+
+    Attributes:
+        total: Σ x xᵀ, float64 ``[groups, d, d]``; d counts features, or input channels of a group × kernel.
+        sum: Σ x, float64 ``[groups, d]``.
+        count: rows.
+    """
+
+    total: torch.Tensor
+    sum: torch.Tensor
+    count: int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of the rows, ``[groups, d]``."""
+        return self.sum / self.count
+
+    @property
+    def second(self) -> torch.Tensor:
+        """Mean of x xᵀ, ``[groups, d, d]``."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Mean of (x − mean)(x − mean)ᵀ, ``[groups, d, d]``."""
+        mean = self.mean
+        return self.second - mean[:, :, None] * mean[:, None, :]
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.total + other.total, self.sum + other.sum, self.count + other.count)
+
+
+@dataclass(frozen=True)
+class SecondMoment(Statistic):
+    """:class:`Moments` of the rows that a layer multiplies by its weights.
+
+    Of a convolution's input, rows are the patches under its kernel, in the order of ``weight.flatten(1)``; of a
+    transposed one's, those of the input with zeros between, so that output = flipped kernel · patch. Of any other
+    tensor, rows are its last dimension.
+
+    Attributes:
+        rows: most rows to take of one batch, evenly spaced; None takes all.
+    """
+
+    of: Any = "input"
+    rows: int | None = None
+
+    def start(self, layer: nn.Module | None) -> Accumulator:
+        return _Products(layer if self.of == "input" else None, self.rows)
+
+    def shared_by(self, layer: nn.Module | None) -> Hashable:
+        return self, geometry(layer) if self.of == "input" else None
+
+
+class _Products(Accumulator):
+    def __init__(self, layer: nn.Module | None, rows: int | None) -> None:
+        self.layer, self.rows = layer, rows
+        self.total: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        for rows in patches(self.layer, tensors[0], self.rows, _CHUNK):  # [groups, rows, d]
+            wide = rows.double()
+            if self.total is None or self.sum is None:
+                self.total = wide.new_zeros(wide.shape[0], wide.shape[2], wide.shape[2])
+                self.sum = wide.new_zeros(wide.shape[0], wide.shape[2])
+            self.total.baddbmm_(wide.mT, wide)
+            self.sum += wide.sum(1)
+            self.count += rows.shape[1]
+
+    def value(self) -> Moments:
+        assert self.total is not None and self.sum is not None
+        return Moments(self.total, self.sum, self.count)
+
+
+@dataclass(frozen=True)
+class CrossMoment(Statistic):
+    """Σ y xᵀ of the rows that a node produces and those that a node of a second graph produces.
+
+    The value is a float64 ``[y's last dim, x's last dim]``. See ``collect(..., beside=…)``.
+
+    Attributes:
+        with_: name of the node of the second graph.
+        dim: of both: the dimension that counts features.
+    """
+
+    with_: str = ""
+    dim: int = -1
+
+    def start(self, layer: nn.Module | None) -> Accumulator:
+        return _CrossProducts(self.dim)
+
+
+class _CrossProducts(Accumulator):
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.total: torch.Tensor | None = None
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        left, right = (t.movedim(self.dim, -1).reshape(-1, t.shape[self.dim]).double() for t in tensors)
+        found = left.T @ right
+        self.total = found if self.total is None else self.total + found
+
+    def value(self) -> torch.Tensor:
+        assert self.total is not None
+        return self.total

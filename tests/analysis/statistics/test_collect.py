@@ -1,0 +1,202 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fxcompress.analysis.statistics import (
+    CrossMoment,
+    Histogram,
+    Mean,
+    MeanAbs,
+    MeanSquare,
+    Range,
+    SecondMoment,
+    collect,
+)
+from fxcompress.capture import capture
+from fxcompress.errors import OptionError, PreconditionError
+from fxcompress.graph.copying import copy_graph
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+
+
+def graph_of(model, *inputs):
+    return capture(model, inputs, dynamic_shapes="batch")
+
+
+def names(graph_module):
+    return {str(node.target): node.name for node in graph_module.graph.nodes if node.op == "call_module"}
+
+
+def test_equals_statistics_of_all_activations_at_once():
+    model, x = small(), torch.randn(40, 6) * 3 + 1
+    graph_module = graph_of(model, x[:4])
+    first = names(graph_module)["0"]
+    kinds = [Mean(dim=1), MeanAbs(), MeanSquare("input", dim=-1), Range(dim=1), SecondMoment()]
+    statistics = collect(graph_module, [x[:7], x[7:30], x[30:]], {first: kinds})
+    with torch.no_grad():
+        y = model[0](x).double()
+    wide = x.double()
+    assert (statistics.batches, statistics.samples) == (3, 40)
+    torch.testing.assert_close(statistics[first, Mean(dim=1)], y.mean(0))
+    torch.testing.assert_close(statistics[first, MeanAbs()], y.abs().mean())
+    torch.testing.assert_close(statistics[first, MeanSquare("input", dim=-1)], wide.square().mean(0))
+    low, high = statistics[first, Range(dim=1)]
+    assert torch.equal(low, y.amin(0))
+    assert torch.equal(high, y.amax(0))
+    moments = statistics[first, SecondMoment()]
+    torch.testing.assert_close(moments.total[0], wide.T @ wide)
+    torch.testing.assert_close(moments.covariance[0], torch.cov(wide.T, correction=0))
+    assert moments.count == 40
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1), (3, 4, 9)),
+        (nn.Conv2d(4, 6, (3, 2), padding=(1, 0), dilation=(2, 1), groups=2), (3, 4, 9, 8)),
+        (nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect"), (3, 4, 9, 8)),
+        (nn.Conv3d(2, 3, 2, stride=(1, 2, 1)), (3, 2, 4, 5, 4)),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (3, 4, 5, 4)),
+        (nn.ConvTranspose1d(4, 6, 4, stride=3, dilation=2), (3, 4, 5)),
+    ],
+)
+def test_second_moment_of_a_convolution_tells_the_energy_of_its_output(layer, shape):
+    x = torch.randn(shape)
+    graph_module = graph_of(nn.Sequential(layer).eval(), x[:2])
+    name = names(graph_module)["0"]
+    moments = collect(graph_module, [x[:2], x[2:]], {name: SecondMoment()})[name, SecondMoment()]
+    weight = layer.weight.detach().double()
+    groups = layer.groups
+    if layer.transposed:
+        split = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(tuple(range(3, weight.dim() + 1)))
+    else:
+        split = weight.unflatten(0, (groups, -1))
+    rows = split.flatten(2)
+    predicted = torch.einsum("gij,gjk,gik->gi", rows, moments.total, rows).flatten()
+    with torch.no_grad():
+        y = layer(x).double() - layer.bias.double().view(-1, *[1] * (x.dim() - 2))
+    actual = y.square().transpose(0, 1).flatten(1).sum(1)
+    torch.testing.assert_close(predicted, actual, rtol=1e-5, atol=1e-6)
+
+
+def test_histogram_is_the_same_however_the_data_is_cut_and_keeps_every_value():
+    x = torch.randn(50, 6) * torch.logspace(-3, 2, 50)[:, None]
+    graph_module = graph_of(nn.Sequential(nn.Linear(6, 6)).eval(), x[:4])
+    name = next(node.name for node in graph_module.graph.nodes if node.op == "placeholder")
+    one = collect(graph_module, [x], {name: Histogram(bins=64)})[name, Histogram(bins=64)]
+    many = collect(graph_module, list(x.split(3)), {name: Histogram(bins=64)})[name, Histogram(bins=64)]
+    assert one.counts.sum() == many.counts.sum() == x.numel()
+    torch.testing.assert_close(one.edges, many.edges)
+    assert (one.low, one.high) == (many.low, many.high) == (float(x.min()), float(x.max()))
+    assert one.edges[0] <= one.low <= one.high <= one.edges[-1]
+    assert abs(one.quantile(0.5) - float(x.median())) <= float(one.edges[1] - one.edges[0])
+
+
+def test_nodes_that_read_the_same_value_share_their_second_moment():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x)
+
+    graph_module = graph_of(Attention().eval(), torch.randn(4, 6))
+    q, k = names(graph_module)["q"], names(graph_module)["k"]
+    statistics = collect(graph_module, [torch.randn(5, 6)], {q: SecondMoment(), k: SecondMoment()})
+    assert statistics[q, SecondMoment()] is statistics[k, SecondMoment()]
+
+
+def test_cross_moment_of_two_graphs():
+    model, x = small(), torch.randn(20, 6)
+    graph_module = graph_of(model, x[:4])
+    other = copy_graph(graph_module)
+    name = names(graph_module)["2"]
+    asked = CrossMoment(with_=name)
+    found = collect(graph_module, [x[:9], x[9:]], {name: asked}, beside=other)[name, asked]
+    with torch.no_grad():
+        y = model(x).double()
+    torch.testing.assert_close(found, y.T @ y)
+
+
+@pytest.mark.parametrize("form", ["tensors", "tuples", "dicts", "loader", "generator"])
+def test_forms_of_data(form):
+    x, labels = torch.randn(12, 6), torch.arange(12)
+    graph_module = graph_of(small(), x[:4])
+    data = {
+        "tensors": list(x.split(5)),
+        "tuples": [(part,) for part in x.split(5)],
+        "dicts": [{"input": part} for part in x.split(5)],
+        "loader": DataLoader(TensorDataset(x, labels), batch_size=5),
+        "generator": (part for part in x.split(5)),
+    }[form]
+    name = names(graph_module)["0"]
+    statistics = collect(graph_module, data, {name: Mean("input", dim=1)})
+    torch.testing.assert_close(statistics[name, Mean("input", dim=1)], x.double().mean(0))
+
+
+def test_limits_and_progress():
+    x = torch.randn(20, 6)
+    graph_module = graph_of(small(), x[:4])
+    name = names(graph_module)["0"]
+    told: list[tuple[int, int]] = []
+    collected = collect(
+        graph_module, x.split(4), {name: Mean()}, limit=3, progress=lambda done, total, what: told.append((done, total))
+    )
+    assert (collected.batches, collected.samples) == (3, 12)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert collect(graph_module, x.split(4), {name: Mean()}, samples=5).samples == 8
+    rows = collect(graph_module, x.split(10), {name: SecondMoment(rows=3)})[name, SecondMoment(rows=3)]
+    assert rows.count == 6
+
+
+def test_runs_in_eval_mode_and_leaves_the_mode_and_the_statistics_of_norms():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3)).eval()
+    x = torch.randn(8, 6)
+    graph_module = graph_of(model, x).train()
+    before = model[1].running_mean.clone()
+    name = names(graph_module)["3"]
+    found = collect(graph_module, [x], {name: Mean(dim=1)})[name, Mean(dim=1)]
+    assert all(module.training for module in graph_module.modules())
+    assert torch.equal(graph_module.get_submodule("1").running_mean, before)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(x).double().mean(0))
+
+
+def test_runs_only_as_far_as_asked():
+    x = torch.randn(4, 6)
+    graph_module = graph_of(small(), x)
+    called = []
+    graph_module.get_submodule("2").register_forward_hook(lambda *_: called.append(1))
+    collect(graph_module, [x], {names(graph_module)["0"]: Mean()})
+    assert not called
+
+
+def test_refusals():
+    x = torch.randn(4, 6)
+    graph_module = graph_of(small(), x)
+    name = names(graph_module)["0"]
+    with pytest.raises(PreconditionError, match="no batch"):
+        collect(graph_module, [], {name: Mean()})
+    spent = iter([x])
+    next(spent)
+    with pytest.raises(PreconditionError, match="no batch"):
+        collect(graph_module, spent, {name: Mean()})
+    with pytest.raises(PreconditionError, match="batch 1 of the data"):
+        collect(graph_module, [x, torch.randn(4, 7)], {name: Mean()})
+    with pytest.raises(PreconditionError, match="not finite"):
+        collect(graph_module, [x / 0.0], {name: SecondMoment()})
+    with pytest.raises(PreconditionError, match="not finite"):
+        collect(graph_module, [x * float("nan")], {name: Histogram()})
+    with pytest.raises(OptionError, match="no node 'nothing'"):
+        collect(graph_module, [x], {"nothing": Mean()})
+    with pytest.raises(OptionError, match="limit=0"):
+        collect(graph_module, [x], {name: Mean()}, limit=0)
+    with pytest.raises(OptionError, match="no dimension 5"):
+        collect(graph_module, [x], {name: Mean(dim=5)})
+    with pytest.raises(OptionError, match="not collected"):
+        collect(graph_module, [x], {name: Mean()})[name, MeanAbs()]
