@@ -118,13 +118,23 @@ class PruneChannels(Pass):
             account.add(plan, chosen, removal, kept, self._proved(before, graph_module, removal, context))
         if not account.kept and not any(skip.code == "nothing_to_prune" for skip in skipped):
             skipped.append(Skip("all", "nothing_to_prune", "every group is at its least width already"))
-        rewrites = account.rewrites()
-        if self.reconstruct and rewrites:
-            from fxcompress.passes.pruning.reconstruct import reconstruct
+        note = account.note() if self.proof else ""
+        if original is not None and account.kept:
+            note += self._reconstruct(original, graph_module, account)
+        return PassResult(graph_module, account.rewrites(), tuple(skipped), note)
 
-            assert self.calibration is not None and original is not None
-            rewrites = reconstruct(original, graph_module, account, self.calibration, self.batches)
-        return PassResult(graph_module, rewrites, tuple(skipped), account.note() if self.proof else "")
+    def _reconstruct(self, original: fx.GraphModule, pruned: fx.GraphModule, account: Account) -> str:
+        # It needs the statistics, which others who prune do not.
+        from fxcompress.passes.pruning.reconstruct import reconstruct
+
+        assert self.calibration is not None
+        account.refits = reconstruct(original, pruned, account.kept, self.calibration, self.batches)
+        if not account.refits:
+            return "; no layer could be refitted"
+        before, after = (
+            sum(getattr(refit, side) for refit in account.refits) / len(account.refits) for side in ("before", "after")
+        )
+        return f"; {len(account.refits)} layers refitted, mean error of their outputs {before:.3f} → {after:.3f}"
 
     def _classes(
         self,

@@ -41,6 +41,7 @@ class Account:
         self._entries: dict[str, _Entry] = {}
         self._told: set[str] = set()
         self._proofs: list[Proof] = []
+        self.refits: Sequence[Any] = ()  # of layers whose weights were fitted anew, see `reconstruct`
         self._made: dict[str, dict[int, int]] = {}  # weight → sizes of the dimensions that its layer makes, at first
         names = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
         names += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
@@ -125,6 +126,10 @@ class Account:
                 "widths": self._widths(entry),
                 "kept": {self._names[path]: self.kept[path] for path in entry.weights},
             }
+            refits = {item.layer: [item.before, item.after] for item in self.refits}
+            read = {path.rpartition(".")[0] for path in entry.weights}
+            if read & refits.keys():
+                detail["refitted"] = {layer: refits[layer] for layer in refits if layer in read}
             if self._proofs:
                 detail["proof"] = _told(self._proofs)
             site = self._names[entry.layers[0]].rpartition(".")[0] or entry.layers[0]
