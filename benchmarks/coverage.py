@@ -81,7 +81,11 @@ class OutOfTime(BaseException):
 
 def check(entry: ZooModel, settings: Settings | None = None) -> Row:
     """All checks of one model. Never raises: what failed stands in the row, with its stage."""
-    settings = settings or Settings()
+    return examined(entry, settings or Settings(), _check)
+
+
+def examined(entry: ZooModel, settings: Settings, body: Callable[..., None]) -> Row:
+    """The row of one model: `body` fills it in, in stages; what fails is noted with its stage, never raised."""
     row: Row = {"model": entry.name, "suite": entry.suite, "ok": False}
     failures: list[dict[str, str]] = []
     started = time.perf_counter()
@@ -98,7 +102,7 @@ def check(entry: ZooModel, settings: Settings | None = None) -> Row:
 
     with warnings.catch_warnings(), stage("between stages"), _time_limit(settings.timeout):
         warnings.simplefilter("ignore")
-        _check(entry, settings, row, stage, failures)
+        body(entry, settings, row, stage, failures)
     row["total_s"] = round(time.perf_counter() - started, 2)
     row["ok"] = not failures
     if failures:
@@ -355,20 +359,24 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def run_here(entries: Sequence[ZooModel], settings: Settings) -> Iterator[Row]:
+Examine = Callable[[ZooModel, Any], Row]
+"""Makes the row of one model; a function of a module, for worker processes import it."""
+
+
+def run_here(entries: Sequence[ZooModel], settings: Settings, examine: Examine = check) -> Iterator[Row]:
     """One model after the other in this process."""
     torch.set_num_threads(settings.threads)
     for entry in entries:
-        yield check(entry, settings)
+        yield examine(entry, settings)
         gc.collect()
 
 
-def run_pool(entries: Sequence[ZooModel], settings: Settings, jobs: int) -> Iterator[Row]:
+def run_pool(entries: Sequence[ZooModel], settings: Settings, jobs: int, examine: Examine = check) -> Iterator[Row]:
     """Models in worker processes; a worker that dies or hangs costs its model alone, and another takes its place."""
     waiting = list(reversed(entries))
 
     def keep_one_busy() -> list[Row]:
-        worker = _Worker(settings)
+        worker = _Worker(settings, examine)
         while waiting:
             entry = waiting.pop()
             finished.append(worker.check(entry))
@@ -389,8 +397,9 @@ def run_pool(entries: Sequence[ZooModel], settings: Settings, jobs: int) -> Iter
 class _Worker:
     """A process that checks models one by one, started again after a crash or when it is out of time."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, examine: Examine) -> None:
         self.settings = settings
+        self.examine = examine
         self.process: Any = None
         self.connection: Connection | None = None
 
@@ -422,7 +431,7 @@ class _Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, self.settings), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, self.settings, self.examine), daemon=True)
         self.process.start()
         other.close()
 
@@ -433,14 +442,14 @@ class _Worker:
         self.process = None
 
 
-def _serve(connection: Connection, settings: Settings) -> None:
+def _serve(connection: Connection, settings: Settings, examine: Examine = check) -> None:
     torch.set_num_threads(settings.threads)
     while True:
         try:
             key = connection.recv()
         except EOFError:
             return
-        connection.send(check(zoo.find(key), settings))
+        connection.send(examine(zoo.find(key), settings))
         gc.collect()
 
 

@@ -47,14 +47,16 @@ class ZooModel:
 
 
 def models(suite: str) -> list[ZooModel]:
-    """The models of a suite (`torchvision`, `timm` or `transformers`), without building any of them."""
+    """The models of a suite (`torchvision`, `timm`, `transformers`, `segmentation`), without building any of them."""
     if suite == "torchvision":
         return _torchvision_models()
     if suite == "timm":
         return _timm_models()
     if suite == "transformers":
         return _transformers_models()
-    raise ValueError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}")
+    if suite == "segmentation":
+        return _segmentation_models()
+    raise ValueError(f"unknown suite {suite!r}: one of {', '.join(SUITES)}, segmentation")
 
 
 def find(key: str) -> ZooModel:
@@ -158,6 +160,36 @@ def _torchvision_models() -> list[ZooModel]:
         return _entry("torchvision", name, partial(_build_torchvision, name), partial(images, (3, side, side)))
 
     return [entry(name) for name in sorted(torchvision.models.list_models(module=torchvision.models))]
+
+
+# --- torchvision: models of pixels, and the feature extractor of a detector ---------------------------------------
+
+SEGMENTATION = (
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+)
+DETECTION_BACKBONES = ("ssdlite320_mobilenet_v3_large",)
+
+
+def _build_dense(name: str) -> nn.Module:
+    prepare_torchvision()
+    import torchvision
+
+    model: nn.Module = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    return model.backbone if name in DETECTION_BACKBONES else model  # type: ignore[return-value]
+
+
+def _segmentation_models() -> list[ZooModel]:
+    """Beside the suites: fcn, deeplabv3 and lraspp, and what ssdlite reads its boxes from."""
+    named = [(name, 128) for name in SEGMENTATION] + [(name, 320) for name in DETECTION_BACKBONES]
+    return [
+        _entry("segmentation", name, partial(_build_dense, name), partial(images, (3, side, side)))
+        for name, side in named
+    ]
 
 
 # --- timm: the smallest model of each family, the toy `test_*` models left out ------------------------------------
