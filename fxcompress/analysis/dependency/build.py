@@ -39,6 +39,7 @@ def build(graph_module: fx.GraphModule, choices: Mapping[str, int] | None = None
     """Walk the graph once. ``choices`` decides sites where a view splits removable indices in two."""
     builder = Builder(graph_module, dict(choices or {}))
     for node in graph_module.graph.nodes:
+        builder.labels.begin(node.name)
         if node.op == "output":
             builder.pin(builder.dims_of_all(node), node.name, "it is an output of the model")
         else:

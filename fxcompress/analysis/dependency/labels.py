@@ -7,6 +7,7 @@ arrays and solved at the end, at once: no Python loop ever runs over channels.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,27 @@ class Labels:
         self._right: list[Array] = []
         self._made: list[Array] = []
         self._pins: list[tuple[Array, tuple[str, str]]] = []
+        self._starts: dict[str, int] = {}  # node → how many equalities there were before it
+
+    def begin(self, site: str) -> None:
+        """The equalities that follow are those of ``site``."""
+        self._starts[site] = len(self._left)
+
+    def equalities(self) -> dict[str, tuple[Array, Array]]:
+        """For each node that made labels equal: the two sides."""
+        starts = [*self._starts.items(), ("", len(self._left))]
+        return {
+            site: (np.concatenate(self._left[first:last]), np.concatenate(self._right[first:last]))
+            for (site, first), (_, last) in itertools.pairwise(starts)
+            if last > first
+        }
+
+    def pins(self) -> dict[str, list[tuple[Array, str]]]:
+        """For each node that stops removal: the labels, and why."""
+        found: dict[str, list[tuple[Array, str]]] = {}
+        for labels, (site, reason) in self._pins:
+            found.setdefault(site, []).append((labels, reason))
+        return found
 
     def fresh(self, shape: tuple[int, ...], *, made: bool = False) -> Array:
         """New labels; ``made`` says that a layer's weight makes these indices, so that removing them saves work."""
