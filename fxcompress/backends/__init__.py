@@ -1,19 +1,24 @@
 """Lower a graph to a deployable engine and its bundle, one file per backend."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fxcompress.backends.base import Backend, Engine
 
 if TYPE_CHECKING:
     from fxcompress.backends.onnxruntime import OnnxRuntime
+    from fxcompress.backends.tensorrt import TensorRT
 
-__all__ = ["Backend", "Engine", "OnnxRuntime"]
+__all__ = ["Backend", "Engine", "OnnxRuntime", "TensorRT"]
+
+# An engine's library is imported when its backend is first named, not with the package.
+_MODULES = {
+    "OnnxRuntime": "fxcompress.backends.onnxruntime",
+    "TensorRT": "fxcompress.backends.tensorrt",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # An engine's library is imported when its backend is first named, not with the package.
-    if name == "OnnxRuntime":
-        from fxcompress.backends.onnxruntime import OnnxRuntime
-
-        return OnnxRuntime
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP = "fxcompress.backends"
 
 _BUILT_IN = {
     "onnxruntime": "fxcompress.backends.onnxruntime:OnnxRuntime",
+    "tensorrt": "fxcompress.backends.tensorrt:TensorRT",
 }
 _ALIASES = {"onnx": "onnxruntime"}
 _EXTRAS = {"tensorrt": "tensorrt", "openvino": "openvino"}
