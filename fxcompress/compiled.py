@@ -24,6 +24,7 @@ from fxcompress.graph import serialize
 from fxcompress.graph.ownership import own_weights, shared_weights
 from fxcompress.graph.printer import format_graph
 from fxcompress.graph.running import nested_inputs, outputs_of
+from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.reporting.model import EngineReport, Report
 
 __all__ = ["Compiled", "load"]
@@ -31,6 +32,8 @@ __all__ = ["Compiled", "load"]
 _GRAPH, _WEIGHTS, _REPORT = "graph.json", "weights.safetensors", "report.json"
 # Largest relative error that an engine may show against PyTorch, by the widest rounding among its outputs.
 _ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A value on the border of two integers may fall either way, and takes others with it.
+_QUANTIZED_TOLERANCE = 5e-2
 
 
 class Compiled:
@@ -232,6 +235,8 @@ def _verified(
     dtypes = {leaf.dtype for inputs in tensors for leaf in inputs if leaf.is_floating_point()}
     dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
     allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
+    if any(isinstance(module, Quantizer) for module in graph_module.modules()):
+        allowed = max(allowed, _QUANTIZED_TOLERANCE)
     errors = verify_engine(engine, expected, tensors, allowed)
     shapes = [[list(leaf.shape) for leaf in inputs] for inputs in tensors]
     return {"relative_error": errors, "tolerance": allowed, "input_shapes": shapes}

@@ -33,6 +33,10 @@ def bound(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[st
     return values
 
 
+def _keep(lowering: Lowering, a: dict[str, Any]) -> Any:
+    return KEEP
+
+
 def _same(lowering: Lowering, a: dict[str, Any]) -> Any:
     return a["self"] if "self" in a else a["input"]
 
@@ -156,6 +160,8 @@ ONLY_SOMETIMES = {
 
 RULES: dict[Any, Rule] = {
     **RECURRENT_RULES,
+    aten.fake_quantize_per_tensor_affine.default: _keep,
+    aten.fake_quantize_per_channel_affine.default: _keep,
     aten.contiguous.default: _same,
     aten.clone.default: _same,
     aten.alias.default: _same,

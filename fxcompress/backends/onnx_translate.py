@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fxcompress.backends.onnx_quantize import quantize_translation
 from fxcompress.backends.onnx_recurrent import recurrent_translation
 
 __all__ = ["translation_table"]
@@ -128,6 +129,7 @@ def translation_table(op: Any, opset: int) -> dict[Callable[..., Any], Callable[
         aten.split_with_sizes.default: split,
         aten.scaled_dot_product_attention.default: attention,
         **recurrent_translation(op),
+        **quantize_translation(op),
     }
     if opset < _OWN_RMS_NORM:
         table[aten.rms_norm.default] = rms_norm

@@ -124,9 +124,10 @@ class Lowering:
         return self._append(target, args, kwargs or {}, value, None if value is not self.value else self._name)
 
     def tensor(self, name: str) -> fx.Node | None:
-        """The parameter or buffer ``name`` of the layer that is being lowered."""
-        owner = self._graph_module.get_submodule(self._layer)
-        return None if getattr(owner, name, None) is None else self._lifted.tensor(f"{self._layer}.{name}")
+        """The parameter or buffer ``name`` (``weight``, ``quantizer.scale``) of the layer that is being lowered."""
+        inner, _, last = name.rpartition(".")
+        owner = self._graph_module.get_submodule(f"{self._layer}.{inner}" if inner else self._layer)
+        return None if getattr(owner, last, None) is None else self._lifted.tensor(f"{self._layer}.{name}")
 
     def inline(
         self, recorded: fx.GraphModule, operands: list[Any], *, rewrite: bool = False, origin: str | None = None

@@ -1,12 +1,17 @@
 """The passes: one file each, named for what it does. ``base`` is what a pass is, ``manager`` runs them."""
 
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.fuse_modules import FuseModules
+from fxcompress.passes.insert_quant_stubs import InsertQuantStubs
 from fxcompress.passes.manager import PassManager, PassRecord
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.quantize import Quantize
 
 __all__ = [
+    "Calibrate",
     "FuseModules",
+    "InsertQuantStubs",
     "Numerics",
     "Pass",
     "PassContext",
@@ -14,6 +19,7 @@ __all__ = [
     "PassRecord",
     "PassResult",
     "PruneChannels",
+    "Quantize",
     "Rewrite",
     "Skip",
 ]

@@ -15,8 +15,14 @@ from fxcompress.passes.base import Pass
 __all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passes"]
 
 _BUILT_IN = {
+    "calibrate": "fxcompress.passes.calibrate:Calibrate",
+    "factorize_conv": "fxcompress.passes.factorize_conv:FactorizeConv",
+    "factorize_linear": "fxcompress.passes.factorize_linear:FactorizeLinear",
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
+    "insert_quant_stubs": "fxcompress.passes.insert_quant_stubs:InsertQuantStubs",
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
+    "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
+    "quantize": "fxcompress.passes.quantize:Quantize",
 }
 _GROUP = "fxcompress.passes"
 

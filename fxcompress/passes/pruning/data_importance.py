@@ -41,7 +41,7 @@ def data_criterion(
             return rows(weight * found, dim).sum(1).abs()
         return 0.5 * rows(weight.square() * found, dim).sum(1)
 
-    weight_of = dict(graph_module.named_parameters(remove_duplicate=False))
+    weight_of: dict[str, torch.Tensor] = dict(graph_module.named_parameters(remove_duplicate=False))
     weight_of |= dict(graph_module.named_buffers(remove_duplicate=False))
     return score
 

@@ -1,0 +1,62 @@
+"""What the report says of a site: rank, cost before and after, and errors that were measured, not predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxcompress.analysis.macs import macs
+from fxcompress.analysis.sizes import GraphSizes
+from fxcompress.graph.queries import module_of
+from fxcompress.passes.low_rank.metric import Metric
+
+__all__ = ["costs", "errors", "macs_of"]
+
+
+def macs_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> int | None:
+    """Multiply-accumulates of layers at batch size 1; None in a graph without shapes."""
+    sizes = GraphSizes(graph_module)
+    if not sizes.known:
+        return None
+    return sum(macs(node, module_of(graph_module, node), sizes.of) for node in nodes)
+
+
+def costs(before: int, after: int, macs_before: int | None, macs_after: int | None) -> dict[str, Any]:
+    """The columns of cost, of parameters and of multiply-accumulates."""
+    return {
+        "parameters_before": before,
+        "parameters_after": after,
+        "macs_before": macs_before,
+        "macs_after": macs_after,
+    }
+
+
+def errors(weight: torch.Tensor, approximation: torch.Tensor, metric: Metric) -> dict[str, Any]:
+    """Relative error of the weight, and of the output on the data.
+
+    Args:
+        weight: ``[groups, rows, d]``.
+        approximation: likewise, of the tensors as they stand in the graph now.
+        metric: its moment is of the data; without one there is no ``output_error``.
+    """
+    loss = energy = plain = norm = 0.0
+    step = max(1, (1 << 21) // max(1, weight.shape[-1] * len(weight)))
+    for old, new in zip(weight.split(step, -2), approximation.split(step, -2), strict=True):
+        wide = old.detach().double()
+        difference = wide - new.detach().double()
+        plain, norm = plain + float(difference.square().sum()), norm + float(wide.square().sum())
+        if metric.moment is not None:
+            loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(wide))
+    found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}
+    if metric.moment is not None:
+        found |= {"output_error": _relative(loss, energy), "loss": max(loss, 0.0), "calibration_rows": metric.rows}
+        found["jitter"] = metric.jitter
+    return found
+
+
+def _relative(part: float, whole: float) -> float:
+    return math.sqrt(max(part, 0.0) / whole) if whole > 0 else 0.0
