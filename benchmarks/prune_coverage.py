@@ -403,6 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", "--family", dest="suite", choices=SUITES, action="append", help="default: all")
     parser.add_argument("--model", action="append", help="only models whose suite:name holds one of these")
+    parser.add_argument("--limit", type=int, help="only the first so many of those that are left")
     parser.add_argument("--exact", action="store_true", help="only models whose whole name is one of these")
     parser.add_argument("--jobs", type=int, default=0, help="worker processes; 0: all in this process")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in each process")
@@ -420,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         entries = [entry for entry in entries if not known.get(entry.key, {}).get("ok")]
     if options.new:
         entries = [entry for entry in entries if entry.key not in known]
+    entries = entries[: options.limit]
     if options.fresh:
         known = {}
     if options.jobs:

@@ -8,6 +8,7 @@ functions says so: the operation is run on zeros, with anything else in the plac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,12 @@ Rule = Callable[[Sequence[Dirt]], Any]
 
 def product(dirt: Sequence[Dirt]) -> Any:
     """A product is zero where any factor is."""
-    return np.logical_and.reduce(dirt)
+    return reduce(np.logical_and, dirt)
 
 
 def every(dirt: Sequence[Dirt]) -> Any:
     """Operands next to each other: zero where all are."""
-    return np.logical_or.reduce(dirt)
+    return reduce(np.logical_or, dirt)
 
 
 def combine(b: Builder, node: fx.Node, dims: Sequence[Dim], rule: Rule) -> Dim:
@@ -85,7 +86,7 @@ def require_zero(b: Builder, node: fx.Node, dims: Sequence[Dim], reason: str) ->
     if chosen is None:
         return
     for block in blocks(chosen):
-        dirty = np.logical_and.reduce([dirt_along(chosen, block, dim) for dim in dims])
+        dirty = product([dirt_along(chosen, block, dim) for dim in dims])
         dirty = np.broadcast_to(dirty, block.labels.shape)
         if dirty.any():
             b.barriers[node.name] = reason
@@ -175,7 +176,7 @@ def _run(node: fx.Node, dirty: tuple[bool, ...]) -> int:
             return values > 0 if value.dtype == torch.bool else values.to(value.dtype)
         return torch.device("cpu") if isinstance(item, torch.device) else item
 
-    args, kwargs = map_aggregate((node.args, node.kwargs), sample)  # type: ignore[misc]
+    args, kwargs = map_aggregate((node.args, node.kwargs), sample)
     kwargs = {key: value for key, value in kwargs.items() if key not in ("memory_format", "layout", "pin_memory")}
     try:
         with torch.no_grad():
