@@ -1,0 +1,324 @@
+"""Engines for NVIDIA GPUs: graph → ONNX → TensorRT, built ahead of time, or by the device from its bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import onnx
+import torch
+from torch import fx
+
+from fxcompress.backends.base import Backend, BuildContext, Signature
+from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.registry import backend_class
+from fxcompress.backends.tensorrt_build import Settings, build_plan
+from fxcompress.backends.tensorrt_check import Finding, check_onnx
+from fxcompress.backends.tensorrt_device import (
+    REFERENCE_FILE,
+    default_tolerance,
+    write_facts,
+    write_reference,
+    write_scripts,
+)
+from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
+from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
+from fxcompress.backends.tensorrt_origin import Origins
+from fxcompress.backends.tensorrt_profiles import ranges_of, settle_profiles
+from fxcompress.errors import BackendError, OptionError, nearest
+from fxcompress.options import check_types
+
+__all__ = ["TensorRT", "TensorRTEngine"]
+
+_SHOWN = 5  # findings in one message
+
+
+@dataclass(frozen=True)
+class TensorRT(Backend):
+    """Lower to ONNX and build a TensorRT engine.
+
+    With TensorRT for RTX (``pip install 'fxcompress[tensorrt]'``) the engine is built here, GPU or not, for the compute
+    capabilities that are asked for. With TensorRT itself it is built for the GPU of this machine. With
+    ``build_on="device"`` nothing is built: the bundle has the model, scripts that build and check the engine on the
+    device with TensorRT and numpy alone, and reference data.
+
+    Types are those of the graph: float32, or what ``ConvertPrecision`` and ``Quantize(scheme="tensorrt")`` made of it.
+
+    Attributes:
+        compute_capabilities: GPUs that one engine is for: ``("sm86", "sm89")``. None takes all that run float32 models,
+            sm80 and newer, which costs no size; TensorRT itself knows the GPU of this machine only.
+        build_on: ``"here"``, or ``"device"`` for a bundle that is built on the device.
+        library: ``"tensorrt_rtx"``, ``"tensorrt"``, or ``"auto"``: the first of them that is installed.
+        profiles: ranges of the dynamic sizes, each tuned on its own: ``({"batch": (1, 1, 4)}, {"batch": (4, 32, 64)})``
+            are least, usual and greatest. A size left out takes its default: the example's, up to four times that.
+        tf32: let float32 products round their inputs to 10 bits of mantissa.
+        sparse_weights: use the kernels for 2:4 sparsity where weights have it (``SparsifyWeights``).
+        version_compatible: let newer TensorRT versions load the engine (TensorRT itself).
+        hardware_compatibility: ``"ampere_plus"`` or ``"same_compute_capability"``: let other GPUs load the engine
+            (TensorRT itself).
+        refit: let weights be replaced in the engine.
+        strip_plan: leave the weights out of the engine; they are put back from the ONNX file when it is loaded.
+        timing_cache: file of measured kernels, read before a build and written after it (TensorRT itself).
+        workspace_bytes: most scratch memory that a layer may use; None leaves it to the library.
+        optimization_level: 0 (quickest build) to 5; None is the library's default.
+        keep_onnx: keep the ONNX file beside the engine.
+        opset: of the ONNX file; None takes the exporter's default.
+        simplify: run onnxsim over the ONNX file.
+
+    Raises:
+        OptionError: an option is of the wrong type, unknown, or outside its range.
+    """
+
+    name: ClassVar[str] = "tensorrt"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "onnx", "onnxscript", "onnxsim", "tensorrt-rtx", "tensorrt")
+
+    compute_capabilities: tuple[str, ...] | None = None
+    build_on: Literal["here", "device"] = "here"
+    library: Literal["auto", "tensorrt_rtx", "tensorrt"] = "auto"
+    profiles: tuple[dict[str, tuple[int, int, int]], ...] = ()
+    tf32: bool = False
+    sparse_weights: bool = False
+    version_compatible: bool = False
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    refit: bool = False
+    strip_plan: bool = False
+    timing_cache: str | None = None
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    keep_onnx: bool = False
+    opset: int | None = None
+    simplify: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("compute_capabilities", "profiles"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.profiles, tuple):  # a manifest has lists
+            object.__setattr__(self, "profiles", tuple(map(_profile, self.profiles)))
+        check_types(self)
+        self._check_capabilities()
+        _require(
+            self.optimization_level is None or 0 <= self.optimization_level <= 5,
+            "optimization_level",
+            self.optimization_level,
+            "give 0 to 5, or None",
+        )
+        _require(
+            self.workspace_bytes is None or self.workspace_bytes > 0,
+            "workspace_bytes",
+            self.workspace_bytes,
+            "give 1 or more, or None",
+        )
+        newest = onnx.defs.onnx_opset_version()
+        _require(self.opset is None or 18 <= self.opset <= newest, "opset", self.opset, f"give 18 to {newest}, or None")
+        _require(
+            not (self.strip_plan and self.build_on == "device") and not (self.refit and self.build_on == "device"),
+            "refit" if self.refit else "strip_plan",
+            True,
+            "leave it out with build_on='device': the model lies in the bundle as it is",
+        )
+
+    def _check_capabilities(self) -> None:
+        told = self.compute_capabilities
+        if told is None:
+            return
+        for name in told:
+            _require(name in RTX_CAPABILITIES, "compute_capabilities", name, nearest(name, RTX_CAPABILITIES))
+        _require(bool(told), "compute_capabilities", told, "name one, or None")
+        _require(len(set(told)) == len(told), "compute_capabilities", told, "name each once")
+        _require(
+            self.build_on == "here", "compute_capabilities", told, "leave it out: the device builds for its own GPU"
+        )
+        _require(self.library != "tensorrt", "compute_capabilities", told, "use TensorRT for RTX, or build_on='device'")
+        refits = self.refit or self.strip_plan
+        _require(len(told) == 1 or not refits, "compute_capabilities", told, "refit and strip_plan take one at a time")
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
+        # Loading an engine shall not need the exporter, so it is imported where a graph is lowered.
+        from fxcompress.backends.onnx_export import write_onnx
+
+        library = self._library()
+        capabilities = self._capabilities(library)
+        profiles = settle_profiles(signature.inputs, self.profiles, ranges_of(graph_module))
+        on_device = self.build_on == "device"
+        with ExitStack() as stack:
+            beside = on_device or self.keep_onnx or self.strip_plan
+            place = directory if beside else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_onnx(
+                graph_module,
+                place / ONNX_FILE,
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                opset=self.opset,
+                simplify=self.simplify,
+                progress=context.progress,
+            )
+            context.progress("check the ONNX file")
+            origins = Origins(graph_module, _node_names(place / ONNX_FILE))
+            _refuse(check_onnx(place / ONNX_FILE), origins)
+            if context.verify is not None and (on_device or not torch.cuda.is_available()):
+                context.progress("verify the ONNX file")
+                _verify_onnx(place, signature, context)
+            facts: dict[str, Any] = {"bytes": 0}
+            if library is not None:
+                context.progress("parse with TensorRT" if on_device else "build with TensorRT")
+                plan = build_plan(
+                    library,
+                    place / ONNX_FILE,
+                    None if on_device else directory / PLAN_FILE,
+                    self._settings(capabilities),
+                    profiles,
+                    signature.inputs,
+                    signature.outputs,
+                    origins,
+                )
+                facts = dataclasses.asdict(plan)
+        context.measurements["tensorrt"] = {
+            **facts,
+            "profiles": [profile.sizes for profile in profiles],
+            "compute_capabilities": capabilities,
+        }
+        if on_device:
+            context.progress("write the device bundle")
+            write_scripts(directory)
+            write_reference(directory / REFERENCE_FILE, graph_module, signature, profiles, context.example_inputs)
+        verified = context.measurements.get("onnx_verification", {})
+        write_facts(
+            directory / FACTS_FILE,
+            signature,
+            profiles,
+            {
+                "build_on": self.build_on,
+                "library": library.name if library is not None else "tensorrt",
+                "version": library.version if library is not None else "",
+                "compute_capabilities": capabilities,
+                "bytes": int(facts["bytes"]),
+                "options": dataclasses.asdict(self._settings(())),
+                "tolerance": verified.get("tolerance", default_tolerance(graph_module)),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> TensorRTEngine:
+        if overrides:
+            cls.from_manifest(manifest, overrides)  # refuses unknown ones by name
+            raise OptionError(
+                f"the option {next(iter(overrides))} is built into the engine",
+                where=f"TensorRT.{next(iter(overrides))}",
+                remedy="build the engine anew with it",
+            )
+        return TensorRTEngine(path, manifest)
+
+    def _library(self) -> Library | None:
+        """The library; None where only a device needs one, and this machine has none to parse the model with."""
+        try:
+            library = find_library(self.library)
+        except BackendError:
+            if self.build_on == "device":
+                return None
+            raise
+        if self.build_on == "here" and library.is_rtx:
+            for option in ("version_compatible", "timing_cache"):
+                if getattr(self, option):
+                    raise _not_in_rtx(option)
+            if self.hardware_compatibility != "none":
+                raise _not_in_rtx("hardware_compatibility")
+        return library
+
+    def _capabilities(self, library: Library | None) -> tuple[str, ...]:
+        if self.build_on == "device" or library is None:
+            return ()
+        known = library.capabilities
+        if self.compute_capabilities is None:
+            portable = tuple(name for name in PORTABLE if name in known)
+            return portable[:1] if self.refit or self.strip_plan else portable
+        for name in self.compute_capabilities:
+            _require(
+                name in known, "compute_capabilities", name, f"{library.name} {library.version}: {', '.join(known)}"
+            )
+        return self.compute_capabilities
+
+    def _settings(self, capabilities: tuple[str, ...]) -> Settings:
+        named = {item.name: getattr(self, item.name) for item in dataclasses.fields(Settings)}
+        return Settings(**{**named, "compute_capabilities": capabilities})
+
+
+def _profile(told: Any) -> Any:
+    if not isinstance(told, Mapping):
+        return told
+    made = {name: tuple(bounds) if isinstance(bounds, list) else bounds for name, bounds in told.items()}
+    for name, bounds in made.items():
+        right = isinstance(bounds, tuple) and len(bounds) == 3 and all(isinstance(size, int) for size in bounds)
+        _require(
+            right and 1 <= bounds[0] <= bounds[1] <= bounds[2],
+            "profiles",
+            {name: bounds},
+            "give the least, the usual and the greatest size, in this order: {'batch': (1, 8, 32)}",
+        )
+    return made
+
+
+def _node_names(path: Path) -> list[str]:
+    return [node.name for node in onnx.load(path, load_external_data=False).graph.node]
+
+
+def _refuse(findings: Sequence[Finding], origins: Origins) -> None:
+    refused = [finding for finding in findings if finding.refused]
+    if refused:
+        shown = "; ".join(str(finding) for finding in refused[:_SHOWN])
+        more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+        nodes = [f"ONNX node {f.node!r} ({f.op}) of {origins.tell(f.node, f.op)}" for f in refused[:_SHOWN] if f.op]
+        raise BackendError(
+            f"TensorRT will not import this model: {shown}{more}",
+            where="; ".join(dict.fromkeys(nodes)) or ", ".join(finding.node for finding in refused[:_SHOWN]),
+            remedy=refused[0].remedy,
+        )
+
+
+def _verify_onnx(directory: Path, signature: Signature, context: BuildContext) -> None:
+    """Compare the ONNX file that the engine is made of with PyTorch, in ONNX Runtime, since the engine cannot run here.
+
+    What ONNX Runtime cannot run is noted; a difference is an error.
+    """
+    assert context.verify is not None
+    runtime = backend_class("onnxruntime")
+    manifest = Manifest(
+        "engine",
+        runtime.name,
+        signature.inputs,
+        signature.outputs,
+        signature.input_structure,
+        signature.output_structure,
+    )
+    try:
+        with runtime.load(directory, manifest) as engine:
+            found = dict(context.verify(engine))
+    except BackendError as error:
+        context.instead = f"ONNX Runtime cannot run the ONNX file either: {error.problem}"
+        return
+    worst = max(found.get("relative_error", {}).values(), default=0.0)
+    context.measurements["onnx_verification"] = found
+    context.instead = (
+        f"the ONNX file that it is made of was run in ONNX Runtime instead: relative error {worst:.2g}, "
+        f"{found.get('tolerance', 0.0):.0e} allowed"
+    )
+
+
+def _not_in_rtx(option: str) -> OptionError:
+    return OptionError(
+        f"TensorRT for RTX has no {option}",
+        where=f"TensorRT.{option}",
+        remedy="leave it out, or use library='tensorrt' or build_on='device'",
+    )
+
+
+def _require(right: bool, option: str, value: Any, remedy: str) -> None:
+    if not right:
+        raise OptionError(f"option {option} is {value!r}", where=f"TensorRT.{option}", remedy=remedy)

@@ -1,0 +1,110 @@
+"""The bundle for a device that has to build its engine itself: model, scripts, profiles, reference data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxcompress.backends.sampling import random_inputs
+from fxcompress.backends.signature import Signature, TensorSpec
+from fxcompress.backends.tensorrt_profiles import Profile
+from fxcompress.backends.tensors import numpy_dtype
+from fxcompress.errors import BackendError
+from fxcompress.graph.info import info
+from fxcompress.graph.running import nested_inputs, outputs_of, resized
+
+__all__ = ["REFERENCE_FILE", "SCRIPTS", "default_tolerance", "write_facts", "write_reference", "write_scripts"]
+
+REFERENCE_FILE = "reference.npz"
+SCRIPTS = ("build_engine.py", "run_engine.py")
+
+# Largest relative error against PyTorch, by the coarsest type that the model computes in.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def default_tolerance(graph_module: fx.GraphModule) -> float:
+    """What an engine may differ by where nothing else was told."""
+    dtypes = {tensor.dtype for tensor in (*graph_module.parameters(), *graph_module.buffers())}
+    return max((_TOLERANCE.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
+
+
+def write_facts(path: Path, signature: Signature, profiles: Sequence[Profile], facts: Mapping[str, Any]) -> None:
+    """``tensorrt.json``, which the engine and the scripts read.
+
+    Args:
+        facts: everything but inputs, outputs and profiles.
+    """
+    told = {
+        **facts,
+        "inputs": [_spec(spec) for spec in signature.inputs],
+        "outputs": [_spec(spec) for spec in signature.outputs],
+        "profiles": [profile.to_json() for profile in profiles],
+    }
+    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
+
+
+def write_scripts(directory: Path) -> None:
+    """``build_engine.py`` and ``run_engine.py``, as they lie in this package."""
+    source = resources.files("fxcompress.backends") / "device"
+    for name in SCRIPTS:
+        (directory / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def write_reference(
+    path: Path,
+    graph_module: fx.GraphModule,
+    signature: Signature,
+    profiles: Sequence[Profile],
+    example_inputs: Sequence[Any] | None,
+) -> None:
+    """Inputs and what PyTorch makes of them, at the sizes that the first profile is tuned for; no pickle.
+
+    bfloat16, which numpy lacks, is stored as its 16 bits.
+
+    Raises:
+        BackendError: a dtype has no form in numpy.
+    """
+    leaves = _sized(graph_module, signature, profiles, example_inputs)
+    outputs = outputs_of(graph_module, *nested_inputs(graph_module, leaves))
+    arrays: dict[str, np.ndarray] = {}
+    for what, specs, values in (("input", signature.inputs, leaves), ("output", signature.outputs, outputs)):
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        if len(tensors) != len(specs):
+            raise BackendError(f"an {what} is no tensor, so it cannot be stored as a reference")
+        arrays |= {f"{what}_{index}": _array(tensor, specs[index]) for index, tensor in enumerate(tensors)}
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+
+
+def _sized(
+    graph_module: fx.GraphModule, signature: Signature, profiles: Sequence[Profile], leaves: Sequence[Any] | None
+) -> list[Any]:
+    if leaves is None:
+        sizes = {name: bounds[1] for name, bounds in profiles[0].sizes.items()} if profiles else {}
+        return list(random_inputs(signature.inputs, sizes=sizes))
+    if not profiles:
+        return list(leaves)
+    names = info(graph_module).dim_names
+    known = {symbol: name for symbol, name in names.items() if name in profiles[0].sizes}
+    known |= {name: name for name in profiles[0].sizes if name not in known.values()}
+    wanted = {symbol: profiles[0].sizes[name][1] for symbol, name in known.items()}
+    return resized(graph_module, leaves, wanted) or list(leaves)
+
+
+def _array(tensor: torch.Tensor, spec: TensorSpec) -> np.ndarray:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    if numpy_dtype(spec.dtype) is None:
+        raise BackendError(f"{spec} has no form in numpy", remedy="cast it to float32 in the model")
+    return tensor.numpy()
