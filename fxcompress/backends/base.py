@@ -42,6 +42,7 @@ class BuildContext:
         verify: called with the engine before its bundle is put into place; the figures that it returns go into the
             manifest under ``"verification"``, and what it raises leaves nothing on disk. Not called for an engine
             that cannot run on this machine.
+        instead: what was verified in the place of such an engine; a sentence for the manifest, after the reason.
     """
 
     passes: Sequence[PassRecord] = ()
@@ -49,6 +50,7 @@ class BuildContext:
     progress: Callable[[str], None] = _silent
     measurements: dict[str, Any] = field(default_factory=dict)
     verify: Callable[[Engine], Mapping[str, Any]] | None = None
+    instead: str = ""
 
 
 class Backend(ABC):
@@ -138,7 +140,7 @@ class Backend(ABC):
             try:
                 if context.verify is not None:
                     context.progress(f"verify {self.name} engine")
-                    skipped = {"skipped": engine.unavailable}
+                    skipped = {"skipped": "; ".join(filter(None, (engine.unavailable, context.instead)))}
                     found = skipped if engine.unavailable else dict(context.verify(engine))
                     context.measurements["verification"] = found
                 path, manifest = writer.commit(draft)
