@@ -2,14 +2,19 @@
 
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.calibrate import Calibrate
+from fxcompress.passes.factorize_conv import FactorizeConv
+from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fuse_modules import FuseModules
 from fxcompress.passes.insert_quant_stubs import InsertQuantStubs
 from fxcompress.passes.manager import PassManager, PassRecord
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize import Quantize
+from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
     "Calibrate",
+    "FactorizeConv",
+    "FactorizeLinear",
     "FuseModules",
     "InsertQuantStubs",
     "Numerics",
@@ -22,4 +27,5 @@ __all__ = [
     "Quantize",
     "Rewrite",
     "Skip",
+    "SubstituteDepthwiseSeparable",
 ]

@@ -126,7 +126,7 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         changed = [
-            f"{item.name}={getattr(self, item.name)!r}"
+            f"{item.name}={_text(getattr(self, item.name))}"
             for item in dataclasses.fields(self)
             if not _is_default(item, getattr(self, item.name))
         ]
@@ -137,6 +137,12 @@ def _is_default(item: dataclasses.Field[Any], value: Any) -> bool:
     if item.default_factory is not dataclasses.MISSING:
         return bool(value == item.default_factory())
     return value is item.default or (isinstance(value, (str, int, float, tuple)) and value == item.default)
+
+
+def _text(value: Any) -> str:
+    """A value as it is written; of data only what it is."""
+    literal = value is None or isinstance(value, (bool, int, float, str, tuple, Mapping))
+    return repr(value) if literal else f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"
 
 
 def _plain(value: Any) -> Any:

@@ -233,8 +233,8 @@ class FactorizeLinear(Pass):
             error = weight.double() - made.outer.double() @ made.inner.double()
             shift = (error @ moments.mean[..., None])[0, :, 0]
         measured = errors(weight, made.outer @ made.inner, metric)
-        if metric.moment is not None:
-            measured["tail"] = made.tail
+        if self._method == "whitened" and metric.moment is not None:
+            measured["tail"] = made.tail  # what the spectrum says that the loss must be
         rewrites: list[Rewrite] = []
         for site in group:
             layer = site.layer

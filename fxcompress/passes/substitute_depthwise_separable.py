@@ -37,8 +37,8 @@ class SubstituteDepthwiseSeparable(Pass):
     dilated, grouped and transposed. ``conv`` becomes ``conv.0`` and ``conv.1``, which carries the bias. Exact at
     T = min(k², output channels); cheaper where T·(1/out + 1/k²) < 1.
 
-    Not legal, and told as skips: a tied weight (``tied_weight``), weights that are not numbers (``not_finite``), what is
-    depthwise or 1×1 already (``depthwise``, ``pointwise``), what would not become cheaper (``does_not_pay``), a layer
+    Not legal, and told as skips: a tied weight (``tied_weight``), weights that are not numbers (``not_finite``), what
+    is depthwise or 1×1 already (``depthwise``, ``pointwise``), what would not become cheaper (``does_not_pay``), a layer
     that is one of two factors (``already_factorized``).
 
     Give one of ``terms``, ``ratio`` and ``error``; with none the ratio is 0.5.
@@ -84,9 +84,7 @@ class SubstituteDepthwiseSeparable(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Find the sites, then take their weights one at a time."""
-        found = list(
-            find_sites(graph_module, (*CONVS, *TRANSPOSED), refuse_conv, ignore=self.ignore, only=self.only)
-        )
+        found = list(find_sites(graph_module, (*CONVS, *TRANSPOSED), refuse_conv, ignore=self.ignore, only=self.only))
         skipped = [item for item in found if isinstance(item, Skip)]
         sites = [item for item in found if isinstance(item, Site)]
         if not found:
@@ -173,4 +171,3 @@ class SubstituteDepthwiseSeparable(Pass):
             "layers": [f"{site.path}.{index}" for index in range(len(chain))],
         }
         return Rewrite(site.path, f"depthwise and pointwise with {terms} terms", detail)
-

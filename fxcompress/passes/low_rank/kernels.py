@@ -63,9 +63,7 @@ def stage(layer: Any, kernel: torch.Tensor, *, bias: torch.Tensor | None = None,
     if transposed:
         geometry["output_padding"] = along(layer.output_padding, 0)
         kernel = kernel.flip(tuple(range(3, kernel.dim()))).transpose(1, 2)
-    return conv_like(
-        layer, kernel.flatten(0, 1), bias, groups=kernel.shape[0], transposed=transposed, **geometry
-    )
+    return conv_like(layer, kernel.flatten(0, 1), bias, groups=kernel.shape[0], transposed=transposed, **geometry)
 
 
 def pointwise(layer: Any, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> Any:

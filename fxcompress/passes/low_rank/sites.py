@@ -119,7 +119,8 @@ def _is_pair(graph_module: fx.GraphModule, first: fx.Node, second: fx.Node) -> b
     kinds = (nn.Linear, *CONVS, *TRANSPOSED)
     if type(a) not in kinds or type(b) not in kinds or a.bias is not None:
         return False
-    if any(getattr(layer, "groups", 1) != 1 for layer in (a, b)):
+    groups, others = (int(getattr(layer, "groups", 1)) for layer in (a, b))
+    if groups != others:
         return False
     size = math.prod(
         max(left, right) if min(left, right) == 1 else left + right - 1
@@ -127,7 +128,7 @@ def _is_pair(graph_module: fx.GraphModule, first: fx.Node, second: fx.Node) -> b
     )
     inputs = a.in_features if type(a) is nn.Linear else a.in_channels
     outputs = b.out_features if type(b) is nn.Linear else b.out_channels
-    return bool(a.weight.numel() + b.weight.numel() < inputs * outputs * size)
+    return bool(a.weight.numel() + b.weight.numel() < inputs * outputs * size // groups)
 
 
 def _kernel(layer: Any) -> tuple[int, ...]:
