@@ -19,8 +19,9 @@ from fxcompress.analysis.dependency import (
     reductions,
 )
 from fxcompress.analysis.dependency.builder import Builder, Rule
+from fxcompress.analysis.dependency.constants import is_constant
 from fxcompress.analysis.dependency.layers import layer
-from fxcompress.analysis.dependency.layout import inert
+from fxcompress.analysis.dependency.layout import dirtied, inert
 
 __all__ = ["build"]
 
@@ -71,7 +72,10 @@ def _constant(builder: Builder, node: fx.Node) -> Any:
     trained = isinstance(tensor, nn.Parameter)
     if not trained and not tensor.is_floating_point() and tensor.dtype is not torch.bool:
         return _inert(tensor)  # indices
-    return builder.weight(path, tensor, layout=(None,) * tensor.dim(), site=node.name)
+    layout = builder.weight(path, tensor, layout=(None,) * tensor.dim(), site=node.name)
+    if is_constant(builder.graph_module, path):
+        return tuple(map(dirtied, layout))  # it is cut with the channels, but nobody can zero it in the model
+    return layout
 
 
 def _inert(value: Any) -> Any:

@@ -6,10 +6,19 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-__all__ = ["constant_value"]
+__all__ = ["constant_value", "is_constant"]
 
 _MOST = 64
 """Nodes that such a value may be computed from."""
+
+
+def is_constant(graph_module: fx.GraphModule, path: str) -> bool:
+    """Whether a tensor is neither a parameter nor a buffer of the model's state: a literal, a mask, a table."""
+    owner, _, name = path.rpartition(".")
+    module = graph_module.get_submodule(owner)
+    return name not in module._parameters and (
+        name not in module._buffers or name in module._non_persistent_buffers_set
+    )
 
 
 def constant_value(graph_module: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:

@@ -140,8 +140,12 @@ def _moved_index(b: Builder, node: fx.Node) -> Layout:
         if found is None or (shifted and not isinstance(a["shifts"][position], int)):
             b.barrier(node, "it moves channels by a symbolic number of places", [layout[dim]])
             continue
-        moved = [np.roll(values, a["shifts"][position]) if shifted else values[::-1] for values in found]
-        layout[dim] = labelled(moved[0], moved[1])
+        labels, dirt = found
+        if shifted:
+            shift = a["shifts"][position]
+            layout[dim] = labelled(np.roll(labels, shift), np.roll(dirt, shift))
+        else:
+            layout[dim] = labelled(labels[::-1], dirt[::-1])
     return tuple(layout)
 
 
@@ -253,7 +257,7 @@ def _scatter(b: Builder, node: fx.Node) -> Layout:
     if found is None or written is None or not _plain(a) or not isinstance(a.get("index", 0), int):
         b.barrier(node, "a part of the dimension is overwritten", [layout[dim], source[dim]])
         return tuple(layout)
-    labels, dirt = (values.copy() for values in found)
+    labels, dirt = found[0].copy(), found[1].copy()
     if single:
         b.labels.pin(labels[[a["index"]]], node.name, "this index is overwritten by its number")
     else:

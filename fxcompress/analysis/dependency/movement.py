@@ -87,8 +87,10 @@ def _repeat(b: Builder, node: fx.Node) -> Layout:
     layout = (inert(1),) * (rank - len(source)) + tuple(source)
     result: list[Dim] = []
     for dim, count, size in zip(layout, repeats, sizes(node), strict=True):
-        if not is_live(dim):
-            result.append(_repeated(b, size) if size_of(dim) == 1 and isinstance(count, int) else inert(size))
+        if size_of(dim) == 1 and isinstance(count, int) and count != 1:
+            result.append(_repeated(b, size))
+        elif not is_live(dim):
+            result.append(inert(size))
         elif isinstance(count, int):
             result.append((Factor(count), *dim) if count != 1 else dim)
         else:
@@ -156,10 +158,6 @@ def _windows(b: Builder, node: fx.Node) -> Layout:
         b.barrier(node, "the window slides over channels", [layout[dim]])
     layout[dim] = inert(sizes(node)[dim])
     return (*layout, inert(int(a["size"])))
-
-
-def _same(b: Builder, node: fx.Node) -> Layout:
-    return b.layout(node.args[0])
 
 
 def _getitem(b: Builder, node: fx.Node) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.analysis.dependency.constants import is_constant
 from fxcompress.analysis.dependency.recurrent import GATES
 from fxcompress.analysis.dependency.removal import Removal
 from fxcompress.graph.edit import GraphEditor
@@ -21,7 +22,8 @@ def shrink_weights(
     """Cut every weight that loses indices; a tied weight is cut once and stays tied.
 
     Returns:
-        for each weight that changed: dimension → indices kept.
+        for each weight that changed: dimension → indices kept. Constants of the graph, which have no place in the
+        model's state, are cut without being listed.
     """
     kept: dict[str, dict[int, list[int]]] = {}
     made: dict[int, torch.Tensor] = {}
@@ -30,7 +32,8 @@ def shrink_weights(
         indices = removal.kept_indices(path)
         if not indices:
             continue
-        kept[path] = {dim: index.tolist() for dim, index in indices.items()}
+        if not is_constant(graph_module, path):
+            kept[path] = {dim: index.tolist() for dim, index in indices.items()}
         owner, _, name = path.rpartition(".")
         old = getattr(graph_module.get_submodule(owner), name)
         if id(old) not in made:
