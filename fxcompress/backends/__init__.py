@@ -7,14 +7,20 @@ from fxcompress.backends.base import Backend, Engine
 
 if TYPE_CHECKING:
     from fxcompress.backends.onnxruntime import OnnxRuntime
+    from fxcompress.backends.openvino import OpenVINO
     from fxcompress.backends.tensorrt import TensorRT
+    from fxcompress.backends.torch_export import TorchExport
+    from fxcompress.backends.torchscript import TorchScript
 
-__all__ = ["Backend", "Engine", "OnnxRuntime", "TensorRT"]
+__all__ = ["Backend", "Engine", "OnnxRuntime", "OpenVINO", "TensorRT", "TorchExport", "TorchScript"]
 
 # An engine's library is imported when its backend is first named, not with the package.
 _MODULES = {
     "OnnxRuntime": "fxcompress.backends.onnxruntime",
+    "OpenVINO": "fxcompress.backends.openvino",
     "TensorRT": "fxcompress.backends.tensorrt",
+    "TorchExport": "fxcompress.backends.torch_export",
+    "TorchScript": "fxcompress.backends.torchscript",
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, fx
 
 from fxcompress.backends.bundle import Manifest, PassRecord
@@ -95,6 +96,15 @@ class Backend(ABC):
             BackendError: the library refuses the files, or lacks what the options ask for.
         """
 
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        """What the options let the engine round to, where that is coarser than the graph's own dtypes."""
+        return None
+
+    def load_built(self, path: Path, manifest: Manifest) -> Engine:
+        """Open what :meth:`write` has just written here; :meth:`load`, which need not trust what it reads, will do."""
+        return type(self).load(path, manifest)
+
     # -- done here ---------------------------------------------------------------------------------------------
 
     def build(self, graph_module: fx.GraphModule, output: str | Path | None, context: BuildContext) -> Engine:
@@ -136,7 +146,7 @@ class Backend(ABC):
                 versions=library_versions(self.packages),
             )
             context.progress(f"load {self.name} engine")
-            engine = type(self).load(writer.directory, draft)
+            engine = self.load_built(writer.directory, draft)
             try:
                 if context.verify is not None:
                     context.progress(f"verify {self.name} engine")

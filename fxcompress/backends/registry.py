@@ -18,6 +18,9 @@ ENTRY_POINT_GROUP = "fxcompress.backends"
 
 _BUILT_IN = {
     "onnxruntime": "fxcompress.backends.onnxruntime:OnnxRuntime",
+    "openvino": "fxcompress.backends.openvino:OpenVINO",
+    "torchscript": "fxcompress.backends.torchscript:TorchScript",
+    "torch_export": "fxcompress.backends.torch_export:TorchExport",
     "tensorrt": "fxcompress.backends.tensorrt:TensorRT",
 }
 _ALIASES = {"onnx": "onnxruntime"}

@@ -89,9 +89,9 @@ def relative_error(reference: torch.Tensor, value: torch.Tensor) -> float:
 def _flat(outputs: Any, count: int, structure: Structure) -> list[torch.Tensor]:
     if isinstance(outputs, torch.Tensor):
         outputs = [outputs]
-    tensors = isinstance(outputs, (tuple, list)) and all(isinstance(output, torch.Tensor) for output in outputs)
-    if tensors and len(outputs) == count:
-        return list(outputs)
+    flat = isinstance(outputs, (tuple, list)) and all(isinstance(output, (torch.Tensor, int)) for output in outputs)
+    if flat and len(outputs) == count:  # a size of an input is a number
+        return [torch.as_tensor(output) for output in outputs]
     try:
         return structure.flatten(outputs, "output")
     except PreconditionError as error:
