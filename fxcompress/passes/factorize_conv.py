@@ -112,8 +112,8 @@ class FactorizeConv(Pass):
 
     def _best(self, site: Site, shape: Shape, metric: Metric) -> Convs | Skip:
         """The decomposition of the least error, among the methods that apply and pay."""
-        names = METHODS[:3] if self.method == "auto" else (self.method,)
-        names = tuple(name for name in names if applies(name, shape))
+        asked: tuple[str, ...] = METHODS[:3] if self.method == "auto" else (self.method,)
+        names = [name for name in asked if applies(name, shape)]
         if not names:
             return Skip(site.path, "method", f"{self.method} does not apply to a kernel of {list(shape.kernel)}.")
         candidates: list[Convs] = []
@@ -137,9 +137,7 @@ class FactorizeConv(Pass):
             return min(candidates, key=order)
         what = "multiply-accumulates" if self.cost == "macs" else "weights"
         if dear:
-            return Skip(
-                site.path, "does_not_pay", f"At those ranks it takes no fewer {what} than the {shape.dense} now."
-            )
+            return Skip(site.path, "does_not_pay", f"At those ranks it takes no fewer {what} than {shape.dense}.")
         return Skip(site.path, "full_rank", "Ranks that keep so much approximate nothing.")
 
     def _ranks(self, method: str, site: Site, shape: Shape, metric: Metric) -> tuple[int, ...] | None:

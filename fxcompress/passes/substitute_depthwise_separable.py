@@ -38,8 +38,8 @@ class SubstituteDepthwiseSeparable(Pass):
     T = min(k², output channels); cheaper where T·(1/out + 1/k²) < 1.
 
     Not legal, and told as skips: a tied weight (``tied_weight``), weights that are not numbers (``not_finite``), what
-    is depthwise or 1×1 already (``depthwise``, ``pointwise``), what would not become cheaper (``does_not_pay``), a layer
-    that is one of two factors (``already_factorized``).
+    is depthwise or 1×1 already (``depthwise``, ``pointwise``), what would not become cheaper (``does_not_pay``), a
+    layer that is one of two factors (``already_factorized``).
 
     Give one of ``terms``, ``ratio`` and ``error``; with none the ratio is 0.5.
 

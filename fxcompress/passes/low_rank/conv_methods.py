@@ -217,7 +217,7 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
 
 
 def _cp(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric) -> Any:
-    _, _, inputs, *spatial = kernel.shape
+    spatial = kernel.shape[3:]
     rank = ranks[0]
     outer, inner, middle = cp_factors(kernel[0].flatten(2).double(), rank)  # [out, r], [in, r], [k², r]
     if metric.moment is not None:

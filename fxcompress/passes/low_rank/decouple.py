@@ -1,8 +1,8 @@
 """A kernel as depthwise kernels and a pointwise mixture of what they produce.
 
-Network Decoupling (Guo et al. 2018, arXiv:1808.05517): the kernels of one input channel c are a matrix W_c [out, k²]; its
-best approximation of rank T is T depthwise kernels and T columns of a pointwise convolution. At T = min(k², out) it is
-exact. On data, W_c is truncated in the metric of the patches of its channel, and then the pointwise part, of all
+Network Decoupling (Guo et al. 2018, arXiv:1808.05517): the kernels of one input channel c are a matrix W_c [out, k²];
+its best approximation of rank T is T depthwise kernels and T columns of a pointwise convolution. At T = min(k², out) it
+is exact. On data, W_c is truncated in the metric of the patches of its channel, and then the pointwise part, of all
 channels together, is fitted to the output by least squares: with D the depthwise kernels as a matrix on patches and C
 the second moment of these, P = W C Dᵀ (D C Dᵀ)⁻¹.
 """

@@ -1,7 +1,7 @@
 """Convolution kernels in one form, and layers of kernels in that form.
 
-The form is ``[groups, out, in, kernel…]`` as the output gathers it: ``output = kernel.flatten(2) @ patch``. A transposed
-convolution's kernel is flipped and transposed into it, and back. Patches are those of
+The form is ``[groups, out, in, kernel…]`` as the output gathers it: ``output = kernel.flatten(2) @ patch``. A
+transposed convolution's kernel is flipped and transposed into it, and back. Patches are those of
 :mod:`fxcompress.analysis.statistics.patches`.
 """
 

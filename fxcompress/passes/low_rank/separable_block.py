@@ -77,4 +77,4 @@ def block_norm(layer: Any, kernels: torch.Tensor, moments: Moments | None, *, tr
         if not trains:
             norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
             norm.bias.copy_(norm.running_mean)
-    return norm.requires_grad_(layer.weight.requires_grad)  # type: ignore[no-any-return]
+    return norm.requires_grad_(layer.weight.requires_grad)

@@ -60,7 +60,7 @@ def find_sites(
     ignored = set(matching_layers(graph_module, ignore)) if ignore else set()
     chosen = set(matching_layers(graph_module, only)) if only else set(index.calls)
     for path, nodes in index.calls.items():
-        layer = module_of(graph_module, nodes[0])
+        layer: Any = module_of(graph_module, nodes[0])
         if type(layer) not in kinds or path not in chosen:
             continue
         names = tuple(node.name for node in nodes)
