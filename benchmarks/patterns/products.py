@@ -142,6 +142,12 @@ def tied_embedding_and_head(m, x):
     return F.linear(F.gelu(m.table(ids) + m.a(x)), m.table.weight)
 
 
+@image(out=256)
+def bilinear_pooling(m, x):
+    flat = x.flatten(2)
+    return (flat @ flat.transpose(1, 2)).flatten(1)
+
+
 @image(lambda: {"a": nn.Linear(64, 64)})
 def product_over_space(m, x):
     flat = x.flatten(2)

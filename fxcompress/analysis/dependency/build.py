@@ -21,7 +21,7 @@ from fxcompress.analysis.dependency import (
 from fxcompress.analysis.dependency.builder import Builder, Rule
 from fxcompress.analysis.dependency.constants import is_constant
 from fxcompress.analysis.dependency.layers import layer
-from fxcompress.analysis.dependency.layout import dirtied, inert
+from fxcompress.analysis.dependency.layout import dirtied, distinct, inert
 
 __all__ = ["build"]
 
@@ -62,7 +62,8 @@ def _layout(builder: Builder, node: fx.Node) -> Any:
     if rule is None:
         builder.barrier(node, f"{node.target} has no rule: what it does to channels is not known")
         return _inert(value)
-    return rule(builder, node)
+    made = rule(builder, node)
+    return distinct(made) if isinstance(made, tuple) else made
 
 
 def _constant(builder: Builder, node: fx.Node) -> Any:

@@ -174,6 +174,17 @@ def redone(dim: Dim, change: Callable[[Block], Block]) -> Dim:
     )
 
 
+def distinct(layout: Layout) -> Layout:
+    """The layout with a block of its own in each dimension: ``x·xᵀ`` has the same channels twice, removable apart."""
+    seen: set[int] = set()
+    result = []
+    for dim in layout:
+        own = {id(block) for block in blocks(dim)}
+        result.append(redone(dim, lambda block: block.moved(lambda values: values)) if own & seen else dim)
+        seen |= own
+    return tuple(result)
+
+
 def cleaned(dim: Dim) -> Dim:
     """The dimension of a value that is zero at all removed indices."""
     return redone(dim, Block.cleaned)
