@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-__all__ = ["Sizes", "macs"]
+__all__ = ["Sizes", "count_like_linear", "macs"]
 
 aten = torch.ops.aten
 
@@ -74,6 +74,11 @@ _LAYERS: dict[type[nn.Module] | tuple[type[nn.Module], ...], Callable[..., int]]
     nn.RNNBase: _recurrent_layer,
     nn.Bilinear: _bilinear_layer,
 }
+
+
+def count_like_linear(kind: type[nn.Module]) -> None:
+    """Count layers of ``kind`` as linear layers: each input feature is multiplied once per output feature."""
+    _LAYERS[kind] = _linear_layer
 
 
 # --- ATen calls ----------------------------------------------------------------------------------------------------

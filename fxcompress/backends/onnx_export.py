@@ -144,7 +144,7 @@ def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, 
     # What the exporter asks about sizes must not become facts about the symbols, which are the graph's own.
     with no_guards(info(graph_module).fake_mode):
         try:
-            return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0)), []
+            return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0, _contributed)), []
         except torch.onnx.errors.OnnxExporterError as error:
             first = error
         # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.
@@ -189,6 +189,12 @@ def _causes(error: BaseException) -> list[BaseException]:
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     return chain
+
+
+def _contributed(schema: onnx.defs.OpSchema) -> Callable[..., Any]:
+    """A function that writes an operator of another domain than ONNX's own."""
+    domain = onnxscript.values.Opset(schema.domain, schema.since_version)
+    return onnxscript.values.Op(domain, schema.name, schema)
 
 
 def _innermost(error: BaseException) -> str:

@@ -23,12 +23,15 @@ __all__ = ["translation_table"]
 aten = torch.ops.aten
 
 
-def translation_table(op: Any, opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+def translation_table(
+    op: Any, opset: int, contributed: Callable[..., Any]
+) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(custom_translation_table=)``.
 
     Args:
         op: the ONNX opset to write with, ``onnxscript.opset18``.
         opset: of the file; some operations are new in a later one.
+        contributed: from the schema of an operator that is not ONNX's own to a function that writes it.
     """
 
     def batch_norm(
@@ -129,7 +132,7 @@ def translation_table(op: Any, opset: int) -> dict[Callable[..., Any], Callable[
         aten.split_with_sizes.default: split,
         aten.scaled_dot_product_attention.default: attention,
         **recurrent_translation(op),
-        **quantize_translation(op),
+        **quantize_translation(op, contributed),
     }
     if opset < _OWN_RMS_NORM:
         table[aten.rms_norm.default] = rms_norm

@@ -9,6 +9,8 @@ from fxcompress.passes.insert_quant_stubs import InsertQuantStubs
 from fxcompress.passes.manager import PassManager, PassRecord
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize import Quantize
+from fxcompress.passes.quantize_dynamic import QuantizeDynamic
+from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "PassResult",
     "PruneChannels",
     "Quantize",
+    "QuantizeDynamic",
+    "QuantizeWeights",
     "Rewrite",
     "Skip",
     "SubstituteDepthwiseSeparable",

@@ -23,6 +23,8 @@ _BUILT_IN = {
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
     "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
     "quantize": "fxcompress.passes.quantize:Quantize",
+    "quantize_dynamic": "fxcompress.passes.quantize_dynamic:QuantizeDynamic",
+    "quantize_weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
 }
 _GROUP = "fxcompress.passes"
 

@@ -1,0 +1,127 @@
+"""Weight-only quantization: linear layers store their weight in 4 or 8 bits and compute in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx, nn
+
+from fxcompress.analysis.statistics import SecondMoment, collect
+from fxcompress.errors import OptionError
+from fxcompress.graph.edit import GraphEditor
+from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.quantization.integer_layers import BlockLinear
+from fxcompress.quantization.layer_choice import linear_sites
+from fxcompress.quantization.rounding import gptq, round_to_nearest
+
+__all__ = ["QuantizeWeights"]
+
+_MOMENT = SecondMoment("input")
+_BUDGET = 1 << 29  # bytes of second moments held at once
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Store the weights of linear layers as integers, with a scale and a zero point per block of inputs.
+
+    It saves memory, and time where memory is what a layer waits for: large layers, few tokens.
+
+    Attributes:
+        bits: 4 or 8.
+        block_size: inputs that share a scale: a power of two, 16 or more.
+        algorithm: ``rtn`` rounds to nearest; ``gptq`` keeps the layer's output on ``calibration`` data.
+        calibration: batches for ``gptq``: what the model takes, or that and labels.
+        batches: how many to read at most; None reads all.
+        ignore: name patterns of layers that stay as they are.
+    """
+
+    name: ClassVar[str] = "quantize_weights"
+    numerics: ClassVar[Numerics] = Numerics.LOSSY
+    bits: Literal[4, 8] = 4
+    block_size: int = 32
+    algorithm: Literal["rtn", "gptq"] = "rtn"
+    calibration: Iterable[Any] | None = None
+    batches: int | None = None
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise OptionError(
+                f"block_size={self.block_size} is no power of two from 16 on", where="block_size", remedy="32 is usual"
+            )
+        if self.algorithm == "gptq" and self.calibration is None:
+            raise OptionError("algorithm='gptq' needs data", where="calibration", remedy="give calibration=<batches>")
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        """One layer after the other; its second moment, if it takes one, is gone before the next."""
+        sites, left = linear_sites(graph_module, self.ignore)
+        skipped = [Skip(path, code, reason) for path, (code, reason) in left.items()]
+        rewrites: list[Rewrite] = []
+        with GraphEditor(graph_module) as editor:
+            for path, moment in self._moments(graph_module, sites):
+                layer: Any = graph_module.get_submodule(path)
+                weight = layer.weight.detach()
+                if moment is None:
+                    rounded = round_to_nearest(weight, self.bits, self.block_size)
+                else:
+                    rounded = gptq(weight, moment.to(weight.device), self.bits, self.block_size)
+                made = BlockLinear.of(layer, *rounded, self.bits)
+                editor.set_module(path, made, reshaped=False)
+                rewrites.append(Rewrite(path, f"{self.bits}-bit weight", _detail(layer, made, weight, rounded, moment)))
+        if not rewrites:
+            skipped.append(Skip("all", "nothing_to_quantize", "no linear layer of this graph can be quantized"))
+        return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+
+    def _moments(
+        self, graph_module: fx.GraphModule, sites: dict[str, list[str]]
+    ) -> Iterator[tuple[str, torch.Tensor | None]]:
+        if self.algorithm == "rtn":
+            yield from ((path, None) for path in sites)
+            return
+        assert self.calibration is not None
+        data = (
+            self.calibration if hasattr(self.calibration, "__len__") else list(islice(self.calibration, self.batches))
+        )
+        group: list[str] = []
+        spent = 0
+        for path in [*sites, None]:
+            cost = 8 * _inputs(graph_module, path) ** 2 if path is not None else _BUDGET
+            if group and (path is None or spent + cost > _BUDGET):
+                requests = {name: _MOMENT for member in group for name in sites[member]}
+                found = collect(graph_module, data, requests, limit=self.batches)
+                for member in group:
+                    yield member, sum(found[name, _MOMENT].total[0] for name in sites[member])
+                group, spent = [], 0
+            if path is not None:
+                group.append(path)
+                spent += cost
+
+
+def _inputs(graph_module: fx.GraphModule, path: str) -> int:
+    layer: Any = graph_module.get_submodule(path)
+    return int(layer.in_features)
+
+
+def _detail(
+    layer: nn.Linear, made: BlockLinear, weight: torch.Tensor, rounded: Any, moment: torch.Tensor | None
+) -> dict[str, Any]:
+    integers, scale, zero = rounded
+    stored = ((integers - zero[..., None]) * scale[..., None].double()).flatten(1)[:, : weight.shape[1]]
+    difference = weight.double() - stored
+    detail: dict[str, Any] = {
+        "bits": made.bits,
+        "block_size": made.block,
+        "bytes_before": weight.numel() * weight.element_size(),
+        "bytes_after": sum(t.numel() * t.element_size() for t in (made.packed, made.scale, made.zero_point)),
+        "weight_error": float(difference.norm() / weight.double().norm().clamp_min(1e-30)),
+    }
+    if moment is not None:
+        power = torch.einsum("oi,ij,oj->", weight.double(), moment, weight.double())
+        noise = torch.einsum("oi,ij,oj->", difference, moment, difference)
+        detail["output_error"] = float((noise / power.clamp_min(1e-30)).sqrt())
+    return detail
