@@ -203,9 +203,10 @@ def _check_ends(network: trt.INetworkDefinition, inputs: Sequence[TensorSpec], o
             tensor = get(index)
             spec = told.get(tensor.name)
             found = _DTYPES.get(tensor.dtype.name, tensor.dtype.name)
-            if spec is None or spec.dtype != found or len(tensor.shape) != len(spec.shape):
+            shape: Any = tensor.shape
+            if spec is None or spec.dtype != found or len(shape) != len(spec.shape):
                 raise BackendError(
-                    f"TensorRT makes of {what} {tensor.name!r} {found}{list(tensor.shape)}, the model has {spec}",
+                    f"TensorRT makes of {what} {tensor.name!r} {found}{list(shape)}, the model has {spec}",
                     where=f"{what} {tensor.name!r}",
                     remedy="convert the model to float32 or half precision before it is compiled",
                 )
@@ -252,8 +253,8 @@ def _build_error(library: Library, entries: Sequence[LogEntry], origins: Origins
     remedy = "simplify the layer that is named, or ask for fewer options; the builder's own words are above"
     if any("Turing" in text for text in said):
         remedy = "leave sm75 out of compute_capabilities, or use ConvertPrecision to float16"
-    elif "sm_vers_" in " ".join(said):
-        remedy = "refit and strip_plan need a single compute capability"
+    elif settings.refit or settings.strip_plan:
+        remedy = "leave out refit and strip_plan: TensorRT for RTX needs a GPU to build with them, and one capability"
     told = f"ONNX node {', '.join(map(repr, names))} of {origins.tell_all(names)}" if names else None
     target = f" for {', '.join(settings.compute_capabilities)}" if settings.compute_capabilities else ""
     return BackendError(

@@ -9,6 +9,7 @@ Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-librar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,77 +19,21 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from fxcompress.backends.tensorrt_operators import (
+    CONTROL_FLOW,
+    DATA_DEPENDENT,
+    FLOATS_ONLY,
+    INTEGERS,
+    INTEGER_QUANTIZATION,
+    KNOWN_TYPES,
+    QDQ,
+    QUANTIZED,
+    UNSUPPORTED,
+)
 from fxcompress.errors import BackendError
 
 __all__ = ["Finding", "check_onnx", "layer_of"]
 
-# Operators of the default domain that the parser has no importer for.
-_UNSUPPORTED = frozenset(
-    [
-        "AffineGrid",
-        "Bernoulli",
-        "BitCast",
-        "BitShift",
-        "BitwiseAnd",
-        "BitwiseNot",
-        "BitwiseOr",
-        "BitwiseXor",
-        "CenterCropPad",
-        "Col2Im",
-        "Compress",
-        "ConcatFromSequence",
-        "ConvInteger",
-        "CumProd",
-        "DFT",
-        "DeformConv",
-        "Det",
-        "DynamicQuantizeLinear",
-        "ImageDecoder",
-        "MatMulInteger",
-        "MaxRoiPool",
-        "MaxUnpool",
-        "MelWeightMatrix",
-        "Multinomial",
-        "NegativeLogLikelihoodLoss",
-        "Optional",
-        "OptionalGetElement",
-        "OptionalHasElement",
-        "QLinearConv",
-        "QLinearMatMul",
-        "RegexFullMatch",
-        "SequenceAt",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceErase",
-        "SequenceInsert",
-        "SequenceLength",
-        "SequenceMap",
-        "SoftmaxCrossEntropyLoss",
-        "SplitToSequence",
-        "StringConcat",
-        "StringNormalizer",
-        "StringSplit",
-        "SwiGLU",
-        "TfIdfVectorizer",
-        "Unique",
-    ]
-)
-_INTEGER_QUANTIZATION = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
-_DATA_DEPENDENT = {"NonZero", "NonMaxSuppression", "Unique", "Compress"}
-_CONTROL_FLOW = {"If", "Loop", "Scan"}
-_FLOATS_ONLY = {"MatMul", "Gemm", "Einsum", "Relu", "Softmax"}
-_QUANTIZED = {TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1}
-_KNOWN_TYPES = {
-    *_QUANTIZED,
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.INT32,
-    TensorProto.INT64,
-    TensorProto.BOOL,
-    TensorProto.UINT8,
-}
-_INTEGERS = {TensorProto.INT8, TensorProto.INT32, TensorProto.INT64}
 _MOST_DIMS = 8
 _TENSORRT_SCHEME = "quantize with Quantize(scheme='tensorrt'): int8, symmetric, biases left in float"
 
@@ -155,7 +100,10 @@ class _Graph:
 
     def __init__(self, model: onnx.ModelProto, directory: Path) -> None:
         self.model, self.directory = model, directory
+        self.ends = {value.name for value in (*model.graph.input, *model.graph.output)}
         self.nodes: list[onnx.NodeProto] = []
+        self.near: dict[str, list[str]] = {}
+        self.named: Counter[str] = Counter()
         self.types: dict[str, int] = {}
         self.constants: dict[str, TensorProto] = {}
         self._take(model.graph)
@@ -167,6 +115,10 @@ class _Graph:
             self.types[tensor.name], self.constants[tensor.name] = tensor.data_type, tensor
         for node in graph.node:
             self.nodes.append(node)
+            self.named[node.name] += 1
+            for name in (*node.input, *node.output):
+                if layer_of(node.name):
+                    self.near.setdefault(name, []).append(layer_of(node.name))
             for attribute in node.attribute:
                 if node.op_type == "Constant" and attribute.name == "value":
                     self.types[node.output[0]], self.constants[node.output[0]] = attribute.t.data_type, attribute.t
@@ -176,6 +128,12 @@ class _Graph:
     def type_of(self, node: onnx.NodeProto, index: int) -> int:
         """The type of an input of a node, 0 if it is absent or unknown."""
         return self.types.get(node.input[index], 0) if index < len(node.input) else 0
+
+    def layer(self, node: onnx.NodeProto) -> str:
+        """The PyTorch layer of a node; of quantization under another name, that of a neighbour, what reads it first."""
+        if layer_of(node.name) or node.op_type not in QDQ:
+            return layer_of(node.name)
+        return next((layer for name in (*node.output, *node.input[:1]) for layer in self.near.get(name, ())), "")
 
     def constant(self, node: onnx.NodeProto, index: int) -> np.ndarray | None:
         """The value of an input of a node; None if it is absent or no constant."""
@@ -216,7 +174,7 @@ def _check_ends(graph: _Graph) -> Iterator[Finding]:
 def _check_type(name: str, kind: int, what: str) -> Iterator[Finding]:
     if kind == TensorProto.DOUBLE:
         yield _end("float64", name, f"{what} is float64, which TensorRT computes as float32", _TO_FLOAT)
-    elif kind and kind not in _KNOWN_TYPES:
+    elif kind and kind not in KNOWN_TYPES:
         yield _end("type", name, f"{what} is {_type_name(kind)}, which TensorRT lacks", "cast it to int32 in the model")
 
 
@@ -232,7 +190,7 @@ def _check_nodes(graph: _Graph) -> Iterator[Finding]:
                 key = f"{code} {node.input[2]}" if code in ("zero_point", "uint8") and len(node.input) > 2 else ""
                 if not key or key not in checked:
                     yield Finding(
-                        code, node.name or node.output[0], node.op_type, layer_of(node.name), problem, remedy, refused
+                        code, node.name or node.output[0], node.op_type, graph.layer(node), problem, remedy, refused
                     )
                     checked.add(key)
 
@@ -244,14 +202,14 @@ def _operator(graph: _Graph, node: onnx.NodeProto) -> _Told:
     op = node.op_type
     if node.domain not in ("", "ai.onnx", "trt", "com.microsoft"):
         yield "custom_op", f"{node.domain}::{op} needs a plugin", "write it with operators of ONNX", True
-    elif op in _INTEGER_QUANTIZATION:
+    elif op in INTEGER_QUANTIZATION:
         yield "integer_op", "TensorRT takes QuantizeLinear and DequantizeLinear only", _TENSORRT_SCHEME, True
-    elif op in _DATA_DEPENDENT:
+    elif op in DATA_DEPENDENT:
         problem = "the size of its output depends on the data"
         yield "data_dependent", problem, "do this step outside of the engine, or use a mask of fixed size", True
-    elif op in _UNSUPPORTED:
+    elif op in UNSUPPORTED:
         yield "unsupported_op", "TensorRT has no such operator", "write that step with other operators", True
-    elif op in _CONTROL_FLOW:
+    elif op in CONTROL_FLOW:
         yield "control_flow", "it runs as control flow, which nothing is fused across", "unroll it if it is hot", False
 
 
@@ -266,27 +224,22 @@ def _types(graph: _Graph, node: onnx.NodeProto) -> _Told:
     made = {graph.types.get(name, 0) for name in node.output}
     if node.op_type == "Cast":
         made.add(_attribute(node, "to", 0))
-    ends = {value.name for value in (*graph.model.graph.input, *graph.model.graph.output)}
-    if TensorProto.DOUBLE in made and ends.isdisjoint(node.output):
+    if TensorProto.DOUBLE in made and graph.ends.isdisjoint(node.output):
         yield "float64", "it computes in float64, which TensorRT takes for float32", _TO_FLOAT, True
-    unknown = [kind for kind in made if kind and kind not in _KNOWN_TYPES and kind != TensorProto.DOUBLE]
+    unknown = [kind for kind in made if kind and kind not in KNOWN_TYPES and kind != TensorProto.DOUBLE]
     if unknown:
         yield "type", f"it gives {_type_name(unknown[0])}, which TensorRT lacks", "cast to int32 instead", True
-    if TensorProto.UINT8 in made and node.op_type != "QuantizeLinear" and ends.isdisjoint(node.output):
+    if TensorProto.UINT8 in made and node.op_type != "QuantizeLinear" and graph.ends.isdisjoint(node.output):
         yield "uint8", "uint8 is for inputs and outputs only", "cast to int32 instead", True
     kind = graph.type_of(node, 0)
-    if (
-        node.op_type in _FLOATS_ONLY
-        and kind in _INTEGERS
-        and not (node.op_type == "Relu" and kind != TensorProto.INT32)
-    ):
+    if node.op_type in FLOATS_ONLY and kind in INTEGERS and not (node.op_type == "Relu" and kind != TensorProto.INT32):
         yield (
             "integer_math",
             f"TensorRT has no {node.op_type} on {_type_name(kind)}",
             "cast its inputs to float32",
             True,
         )
-    if node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Identity", "Cast", "Gather", "Reshape", "Transpose"):
+    if node.op_type not in QDQ | {"Identity", "Cast", "Gather", "Reshape", "Transpose"}:
         for index, name in enumerate(node.input):
             if graph.type_of(node, index) == TensorProto.INT8 and name in graph.constants:
                 told = "an int8 constant may only go to DequantizeLinear"
@@ -294,8 +247,10 @@ def _types(graph: _Graph, node: onnx.NodeProto) -> _Told:
 
 
 def _quantization(graph: _Graph, node: onnx.NodeProto) -> _Told:
-    if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+    if node.op_type not in QDQ:
         return
+    if node.name and graph.named[node.name] > 1:
+        yield "duplicate_name", "several nodes have this name, which TensorRT refuses", "name each differently", True
     quantizes = node.op_type == "QuantizeLinear"
     default = TensorProto.UINT8 if quantizes else 0
     kind = graph.type_of(node, 2) or _attribute(node, "output_dtype", 0) or (default or graph.type_of(node, 0))
@@ -304,7 +259,7 @@ def _quantization(graph: _Graph, node: onnx.NodeProto) -> _Told:
         yield "integer_bias", problem, f"leave biases in float: {_TENSORRT_SCHEME}", True
     elif kind == TensorProto.UINT8:
         yield "uint8", "TensorRT takes uint8 for int8, which changes the result", _TENSORRT_SCHEME, True
-    elif kind not in _QUANTIZED and kind:
+    elif kind not in QUANTIZED and kind:
         yield "type", f"TensorRT has no quantization to {_type_name(kind)}", _TENSORRT_SCHEME, True
     zero, scale = graph.constant(node, 2), graph.constant(node, 1)
     if zero is not None and bool(np.any(zero.astype(np.float32))):

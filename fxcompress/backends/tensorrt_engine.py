@@ -111,6 +111,8 @@ class TensorRTEngine(Engine):
         self._engine: trt.ICudaEngine | None = None
         self._runtime: Any = None
         self._contexts: dict[int, trt.IExecutionContext] = {}
+        self._bound: set[str] = set()
+        self._device = torch.device("cuda")
         super().__init__(path, manifest, unavailable=self._open(path))
         self._dtypes = [torch_dtype(spec.dtype) for spec in manifest.outputs]
 
@@ -159,6 +161,8 @@ class TensorRTEngine(Engine):
             if self.facts.stripped:
                 _refit(library, engine, path / ONNX_FILE)
         self._engine = engine
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._bound = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         return None
 
     def _release(self) -> None:
@@ -178,13 +182,12 @@ class TensorRTEngine(Engine):
 
     def _execute(self, inputs: list[Array]) -> Sequence[Array]:
         assert self._engine is not None
-        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
-        device = torch.device("cuda", torch.cuda.current_device())
-        stream = torch.cuda.current_stream(device)
+        device, stream = self._device, self._stream()
+        stays = any(isinstance(value, torch.Tensor) and value.device.type == device.type for value in inputs)
         # A copy or a strided input becomes a new tensor, which must live until it is enqueued: hence the list.
         given = [torch.as_tensor(value).to(device, non_blocking=True).contiguous() for value in inputs]
         shapes = {name: tuple(value.shape) for name, value in zip(self._names, given, strict=True)}
-        context = self._context(self._profile(shapes), stream.cuda_stream)
+        context = self._context(self._profile(shapes), stream)
         for name, value in zip(self._names, given, strict=True):
             # An input that nothing reads is not in the engine.
             if name in self._bound and not (
@@ -197,19 +200,13 @@ class TensorRTEngine(Engine):
         ]
         for spec, output in zip(self.manifest.outputs, outputs, strict=True):
             context.set_tensor_address(spec.name, output.data_ptr())
-        if not context.execute_async_v3(stream.cuda_stream):
+        if not context.execute_async_v3(stream):
             raise BackendError("TensorRT could not run the engine", where=str(self.path))
-        return outputs if on_gpu else [output.cpu() for output in outputs]
+        return outputs if stays else [output.cpu() for output in outputs]
 
-    @property
-    def _bound(self) -> set[str]:
-        engine = self._engine
-        assert engine is not None
-        if not self._bound_names:
-            self._bound_names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        return self._bound_names
-
-    _bound_names: set[str] = set()  # noqa: RUF012  (replaced, never written to)
+    def _stream(self) -> int:
+        """The handle of torch's current stream: what it was given to do is done first, and the engine's part next."""
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def _context(self, profile: int, stream: int) -> trt.IExecutionContext:
         """One per profile: switching costs more than the memory."""
@@ -245,7 +242,8 @@ class TensorRTEngine(Engine):
         )
 
     def _shape_of(self, context: trt.IExecutionContext, name: str) -> tuple[int, ...]:
-        shape = tuple(context.get_tensor_shape(name))
+        dims: Any = context.get_tensor_shape(name)
+        shape = tuple(dims)
         if any(size < 0 for size in shape):
             raise BackendError(
                 "the size of this output depends on the data, so that no memory can be set aside for it",

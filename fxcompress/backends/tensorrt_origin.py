@@ -45,11 +45,13 @@ class Origins:
         """Where an ONNX node came from: ``"layer 'layer1.0.conv1' (Conv2d), model.py:12 in forward: …"``."""
         layer = layer_of(node_name)
         nodes = self._nodes.get(layer, [])
-        if len(nodes) > 1:
+        if not layer:  # what a decomposition made carries no module's name
+            nodes = [node for under in self._nodes.values() for node in under if _alike(node, op)]
+        elif len(nodes) > 1:
             nodes = [node for node in nodes if _alike(node, op)] or nodes
         line = source_line(nodes[0]) if len({source_line(node) for node in nodes}) == 1 else None
         kind = self._kind(layer) if layer else ""
-        told = f"layer {layer!r}{f' ({kind})' if kind else ''}" if layer else "the model's own forward"
+        told = f"layer {layer!r}{f' ({kind})' if kind else ''}" if layer else "no layer of its own"
         return f"{told}, {line}" if line else told
 
     def tell_all(self, node_names: Iterable[str]) -> str:
