@@ -17,26 +17,29 @@ __all__ = ["values_after"]
 def values_after(graph_module: fx.GraphModule, removal: Removal) -> dict[fx.Node, Any]:
     """New fake values of all nodes that lose indices, except where a symbolic size shrinks: those are inferred."""
     found: dict[fx.Node, Any] = {}
+    known: dict[Any, torch.Tensor] = {}  # nodes of one shape share one fake tensor: to make it is what takes time
     with info(graph_module).fake_mode:
         for node in graph_module.graph.nodes:
             layout = removal.builder.values.get(node)
             if layout is not None:
-                value = _after(node.meta["val"], layout, removal)
+                value = _after(node.meta["val"], layout, removal, known)
                 if value is not None and value is not node.meta["val"]:
                     found[node] = value
     return found
 
 
-def _after(value: Any, layout: Any, removal: Removal) -> Any:
+def _after(value: Any, layout: Any, removal: Removal, known: dict[Any, torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
-        made = [_after(item, part, removal) for item, part in zip(value, layout, strict=True)]
+        made = [_after(item, part, removal, known) for item, part in zip(value, layout, strict=True)]
         if any(item is None for item in made):
             return None
         return value if all(a is b for a, b in zip(made, value, strict=True)) else type(value)(made)
-    return _tensor_after(value, layout, removal)
+    return _tensor_after(value, layout, removal, known)
 
 
-def _tensor_after(value: torch.Tensor, layout: Layout, removal: Removal) -> torch.Tensor | None:
+def _tensor_after(
+    value: torch.Tensor, layout: Layout, removal: Removal, known: dict[Any, torch.Tensor]
+) -> torch.Tensor | None:
     touched = [removal.touches(dim) for dim in layout]
     if not any(touched):
         return value
@@ -47,4 +50,8 @@ def _tensor_after(value: torch.Tensor, layout: Layout, removal: Removal) -> torc
             if not isinstance(kept, int):
                 return None
             sizes[index] = kept
-    return torch.empty(sizes, dtype=value.dtype, device=value.device)
+    named = tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    key = named, value.dtype, value.device
+    if key not in known:
+        known[key] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return known[key]

@@ -27,7 +27,8 @@ def test_exact_or_refused_for_the_right_reason(name, importance):
         assert verdict.outcome == "exact", verdict
         assert verdict.removed > 0.15
     else:
-        assert verdict.outcome == "refused", verdict
+        # The layer in question is refused; those before it may still lose channels.
+        assert verdict.outcome in ("refused", "exact"), verdict
         assert pattern.refused in verdict.reason
 
 
