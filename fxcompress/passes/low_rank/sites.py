@@ -84,7 +84,7 @@ def find_sites(
             reason_ = f"Its weights are also {', '.join(shared)}: factors would take them apart."
             yield Skip(path, "tied_weight", reason_, names)
         elif (other := _partner(graph_module, path, nodes)) is not None:
-            what = f"With {other!r} it is one linear map already, in fewer weights than the map itself has."
+            what = f"With {other!r} it is one linear map already, of lower rank or in fewer weights than that map has."
             yield Skip(path, "already_factorized", what, names)
         else:
             yield Site(path, layer, nodes)
@@ -97,7 +97,7 @@ def _sharers(index: GraphIndex, path: str, layer: Any) -> list[str]:
 
 
 def _partner(graph_module: fx.GraphModule, path: str, nodes: tuple[fx.Node, ...]) -> str | None:
-    """A layer directly before or after this one which, with it, is cheaper than the product of the two.
+    """A layer directly before or after this one with which it is one map of lower rank, or in fewer weights.
 
     Two linear layers with nothing between them, not even a bias, are what these passes make. To factor one of them
     again would lose more where nothing was asked for.
@@ -128,7 +128,9 @@ def _is_pair(graph_module: fx.GraphModule, first: fx.Node, second: fx.Node) -> b
     )
     inputs = a.in_features if type(a) is nn.Linear else a.in_channels
     outputs = b.out_features if type(b) is nn.Linear else b.out_channels
-    return bool(a.weight.numel() + b.weight.numel() < inputs * outputs * size // groups)
+    between = a.out_features if type(a) is nn.Linear else a.out_channels
+    narrow = between < min(inputs * math.prod(_kernel(a)), outputs * math.prod(_kernel(b)))
+    return bool(narrow or a.weight.numel() + b.weight.numel() < inputs * outputs * size // groups)
 
 
 def _kernel(layer: Any) -> tuple[int, ...]:
