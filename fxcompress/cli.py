@@ -26,11 +26,13 @@ from fxcompress.backends.registry import backend_class, backend_names
 from fxcompress.capture import capture
 from fxcompress.compiled import Compiled
 from fxcompress.compiler import compile as compile_model
+from fxcompress.deployment import verify_bundle
 from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.printer import format_graph
 from fxcompress.latency import race
 from fxcompress.model_specs import SPEC_FORMS, examples_for, load_checkpoint, load_model
+from fxcompress.options import parse_options
 from fxcompress.passes.registry import pass_class, pass_names
 from fxcompress.recipes import Recipe, dynamic_shapes_of, read_recipe
 from fxcompress.reporting.console import print_report
@@ -203,6 +205,24 @@ def benchmark(
         screens.print_json(result.to_dict() | {"batch": taken, "kinds": {item.name: item.kind for item in measured}})
     else:
         screens.latency_screen(result, measured, taken, screens.console())
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Of an engine, with reference data.")],
+    options: BackendOptions = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-n", min=2, help="Calls measured.")] = 50,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a deployed engine: every file's hash, outputs against the reference in the bundle, latency here."""
+    told = parse_options(options or (), where="--backend-option")
+    with screens.working(f"verify {bundle}"):
+        found = verify_bundle(bundle, told, repetitions=repetitions)
+    if as_json:
+        screens.print_json(found.to_dict())
+    else:
+        screens.verified_screen(str(bundle), found, screens.console())
 
 
 @app.command()

@@ -15,6 +15,7 @@ from fxcompress.backends.base import Backend, BuildContext, Engine
 from fxcompress.backends.base import PassRecord as ManifestPass
 from fxcompress.backends.bundle import Manifest, read_manifest
 from fxcompress.backends.bundle_writer import BundleWriter
+from fxcompress.backends.reference import Reference
 from fxcompress.backends.registry import resolve_backend
 from fxcompress.backends.signature import signature_of
 from fxcompress.backends.verification import verify_engine
@@ -180,8 +181,8 @@ def build_engine(
     if progress is not None:
         context.progress = progress
     if verify and example_inputs is not None:
-        leaves = example_inputs
-        context.verify = lambda engine: _verified(engine, graph_module, leaves, outputs)
+        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in)
+        context.verify, context.reference = proof.of, proof.reference
     engine = backend.build(graph_module, output, context)
     report.engine = EngineReport.from_engine(engine)
     return engine
@@ -214,32 +215,46 @@ def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
     return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)
 
 
-def _verified(
-    engine: Engine, graph_module: fx.GraphModule, leaves: Sequence[Any], outputs: list[Any] | None
-) -> dict[str, Any]:
-    sets = [list(leaves)]
-    other = other_sizes(graph_module, leaves)
-    if other is not None:
-        sets.append(other)
-    known = {0: outputs} if outputs is not None else {}
-    runs = iter(range(len(sets)))
+class _Proof:
+    """The graph's outputs in PyTorch at two sizes of the dynamic dims, which an engine is held against."""
 
-    def expected(*_: torch.Tensor) -> list[Any]:
-        index = next(runs)
-        made = known.get(index)
-        if made is None:
-            made = outputs_of(graph_module, *nested_inputs(graph_module, sets[index]))
-        return [leaf for leaf, computed in zip(made, _computed(graph_module), strict=True) if computed]
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        leaves: Sequence[Any],
+        outputs: list[Any] | None,
+        computes_in: torch.dtype | None,
+    ) -> None:
+        self._graph_module = graph_module
+        other = other_sizes(graph_module, leaves)
+        self._sets = [list(leaves), *([other] if other is not None else [])]
+        self._made = {0: outputs} if outputs is not None else {}
+        self._tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in self._sets]
+        dtypes = {leaf.dtype for inputs in self._tensors for leaf in inputs if leaf.is_floating_point()}
+        dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
+        dtypes |= {computes_in} if computes_in is not None else set()
+        self._allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
+        if any(isinstance(module, Quantizer) for module in graph_module.modules()):
+            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE)
 
-    tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in sets]
-    dtypes = {leaf.dtype for inputs in tensors for leaf in inputs if leaf.is_floating_point()}
-    dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
-    allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
-    if any(isinstance(module, Quantizer) for module in graph_module.modules()):
-        allowed = max(allowed, _QUANTIZED_TOLERANCE)
-    errors = verify_engine(engine, expected, tensors, allowed)
-    shapes = [[list(leaf.shape) for leaf in inputs] for inputs in tensors]
-    return {"relative_error": errors, "tolerance": allowed, "input_shapes": shapes}
+    def of(self, engine: Engine) -> dict[str, Any]:
+        runs = iter(range(len(self._sets)))
+        errors = verify_engine(engine, lambda *_: self._expected(next(runs)), self._tensors, self._allowed)
+        shapes = [[list(leaf.shape) for leaf in inputs] for inputs in self._tensors]
+        return {"relative_error": errors, "tolerance": self._allowed, "input_shapes": shapes}
+
+    def reference(self) -> Reference:
+        """The smaller of the two runs."""
+        sizes = [sum(leaf.numel() for leaf in inputs) for inputs in self._tensors]
+        index = sizes.index(min(sizes))
+        outputs = [torch.as_tensor(leaf) for leaf in self._expected(index)]
+        return Reference(tuple(self._tensors[index]), tuple(outputs), self._allowed)
+
+    def _expected(self, index: int) -> list[Any]:
+        if self._made.get(index) is None:
+            self._made[index] = outputs_of(self._graph_module, *nested_inputs(self._graph_module, self._sets[index]))
+        made = self._made[index]
+        return [leaf for leaf, computed in zip(made, _computed(self._graph_module), strict=True) if computed]
 
 
 def _computed(graph_module: fx.GraphModule) -> list[bool]:

@@ -24,6 +24,7 @@ from fxcompress.analysis.cost import Cost, NodeCost
 from fxcompress.backends.benchmark import BenchmarkResult
 from fxcompress.backends.bundle import Manifest, read_manifest
 from fxcompress.compiled import Compiled
+from fxcompress.deployment import Verified
 from fxcompress.errors import FxCompressError, OptionError, PreconditionError
 from fxcompress.latency import Candidate
 from fxcompress.model_specs import ModelSource
@@ -44,6 +45,7 @@ __all__ = [
     "listing",
     "print_json",
     "quiet",
+    "verified_screen",
     "weights_screen",
     "working",
 ]
@@ -234,6 +236,17 @@ def latency_screen(result: BenchmarkResult, candidates: Sequence[Candidate], bat
         f"{result.repetitions} rounds in turns after {result.warmup} to warm up, batch {batch}, "
         f"{result.threads} thread{'s' * (result.threads != 1)}; a ratio below 1 is faster than the first"
     )
+
+
+def verified_screen(path: str, found: Verified, console: Console) -> None:
+    """What a check of a bundle found."""
+    facts, t = _table(show_header=False), found.latency.timings[0]
+    facts.add_row("files", f"{len(found.manifest.files)}, every hash as its manifest says")
+    facts.add_row("inputs", ", ".join(map(str, found.input_shapes)))
+    facts.add_row("relative error", f"{_pairs(found.errors)}; {found.tolerance:g} is allowed")
+    facts.add_row("latency", f"median {t.median_ms:.3f} ms, p95 {t.p95_ms:.3f} ms, {found.latency.repetitions} calls")
+    console.print(Text.assemble((path, "bold"), f"  {found.manifest.backend} engine, verified"))
+    console.print(facts)
 
 
 def listing(what: str, classes: Mapping[str, type], as_json: bool) -> None:

@@ -112,7 +112,7 @@ def test_compile_to_an_engine(run: Callable[..., Result], tmp_path: Path) -> Non
     told = result.json
     assert told["output"] == str(tmp_path / "net.bundle")
     assert told["weights"] == "weights of build()"
-    assert list(told["files"]) == ["model.onnx"]
+    assert list(told["files"]) == ["model.onnx", "reference.safetensors"]
     assert [done["name"] for done in told["report"]["passes"]] == ["fuse_modules"]
     assert told["report"] == json.loads((tmp_path / "report.json").read_text())
     assert "chatter" in result.err

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from fxcompress.backends.bundle import Manifest, PassRecord
 from fxcompress.backends.bundle_writer import BundleWriter, library_versions
 from fxcompress.backends.engine import Engine
+from fxcompress.backends.reference import Reference, write_reference
 from fxcompress.backends.signature import Signature, TensorSpec, signature_of
 from fxcompress.backends.verification import verify_engine
 from fxcompress.errors import BackendError, OptionError, nearest
@@ -44,6 +45,7 @@ class BuildContext:
             manifest under ``"verification"``, and what it raises leaves nothing on disk. Not called for an engine
             that cannot run on this machine.
         instead: what was verified in the place of such an engine; a sentence for the manifest, after the reason.
+        reference: gives inputs and PyTorch's outputs to keep in the bundle, for ``fxcompress verify``.
     """
 
     passes: Sequence[PassRecord] = ()
@@ -52,6 +54,7 @@ class BuildContext:
     measurements: dict[str, Any] = field(default_factory=dict)
     verify: Callable[[Engine], Mapping[str, Any]] | None = None
     instead: str = ""
+    reference: Callable[[], Reference] | None = None
 
 
 class Backend(ABC):
@@ -153,6 +156,9 @@ class Backend(ABC):
                     skipped = {"skipped": "; ".join(filter(None, (engine.unavailable, context.instead)))}
                     found = skipped if engine.unavailable else dict(context.verify(engine))
                     context.measurements["verification"] = found
+                if context.reference is not None:
+                    left_out = write_reference(writer.directory, context.reference())
+                    context.measurements |= {"reference": left_out} if left_out else {}
                 path, manifest = writer.commit(draft)
             except BaseException:
                 engine.close()

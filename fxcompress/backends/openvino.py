@@ -145,9 +145,11 @@ class OpenVINOEngine(Engine):
             request = self._requests.own = self.compiled.create_infer_request()
         for index in self._narrowed:
             self._check_range(index, inputs[index])
+        # OpenVINO's tensors point to this memory and do not keep it.
+        given = [(port, _dense(inputs[index])) for index, port in self._fed]
         try:
-            for index, port in self._fed:
-                request.set_input_tensor(port, self._tensor(inputs[index]))
+            for port, value in given:
+                request.set_input_tensor(port, self._tensor(value))
             request.infer()
             # The request writes its next outputs into the same memory, so these are copies.
             return [self._output(request.get_output_tensor(port), wide) for port, wide in self._given]
@@ -245,9 +247,8 @@ class OpenVINOEngine(Engine):
     def _tensor(self, value: Array) -> Any:
         """An OpenVINO tensor on the same memory."""
         if isinstance(value, np.ndarray):
-            array = np.ascontiguousarray(value) if value.ndim else value
-            return self._openvino.Tensor(array if array.flags.writeable else array.copy(), True)
-        bits = value.cpu().contiguous().view(torch.int16 if value.element_size() == 2 else torch.int8).numpy()
+            return self._openvino.Tensor(value, True)
+        bits = value.view(torch.int16 if value.element_size() == 2 else torch.int8).numpy()
         type_ = getattr(self._openvino.Type, _SHORT[dtype_name(value.dtype)])
         return self._openvino.Tensor(bits, self._openvino.Shape(value.shape), type_)
 
@@ -270,6 +271,15 @@ def _library() -> Any:
             remedy="pip install 'fxcompress[openvino]'",
         ) from error
     return openvino
+
+
+def _dense(value: Array) -> Array:
+    """``value``, or a copy where OpenVINO could not read its memory as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu().contiguous()
+    if value.flags.c_contiguous and value.flags.writeable:
+        return value
+    return np.array(value, order="C")
 
 
 def _shapes_agree(model: Sequence[int | None], manifest: Sequence[int | str]) -> bool:

@@ -60,6 +60,7 @@ class TorchExport(Backend):
         context.progress("write exported program")
         for node in program.graph.nodes:  # source lines name folders of this machine
             node.meta = {key: value for key, value in node.meta.items() if key == "val"}
+        program._guards_code = []  # Python code; the engine checks its inputs itself
         torch.export.save(program, directory / MODEL_FILE)
 
     @classmethod

@@ -117,11 +117,14 @@ class TorchScriptEngine(Engine):
                 where=str(file),
                 remedy=f"this is torch {torch.__version__}; the program may need a newer one, or be built anew",
             ) from error
+        self._constant = _constant_outputs(self.module.graph)
 
     def _execute(self, inputs: list[Array]) -> Sequence[Array]:
         try:
             with torch.no_grad():
-                outputs: Sequence[Array] = self.module(*inputs)
+                outputs = list(self.module(*inputs))
+                for index in self._constant:
+                    outputs[index] = outputs[index].clone()
                 return outputs
         except (RuntimeError, IndexError, ValueError) as error:
             raise BackendError(
@@ -132,6 +135,14 @@ class TorchScriptEngine(Engine):
 
     def _release(self) -> None:
         del self.module
+
+
+def _constant_outputs(graph: Any) -> list[int]:
+    """Outputs that are constants of the program, where freezing has made one of a copy: the caller gets copies."""
+    (result,) = graph.outputs()
+    if result.node().kind() == "prim::Constant":
+        return list(range(len(result.type().elements())))
+    return [index for index, part in enumerate(result.node().inputs()) if part.node().kind() == "prim::Constant"]
 
 
 def _check_program(file: Path) -> None:

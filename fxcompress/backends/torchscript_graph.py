@@ -130,7 +130,7 @@ class _Writer:
             else:
                 given = argument.default_value
             value = self._argument(given, argument)
-            numbers |= isinstance(argument.type, torch._C.TensorType) and isinstance(given, (int, float))
+            numbers |= isinstance(argument.type, torch._C.TensorType) and _is_number(given)
             values.append(value)
         # Not Graph.insert(), which takes no arguments that are keywords only.
         call = self.graph.insertNode(self.graph.create(schema.name, values, len(schema.returns)))
@@ -200,6 +200,11 @@ class _Writer:
         value = self.graph.insertNode(self.graph.create(kind, list(values), 1)).output()
         value.setType(type_)
         return value
+
+
+def _is_number(given: Any) -> bool:
+    value = given.meta["val"] if isinstance(given, fx.Node) else given
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
 
 
 def _refused(node: fx.Node, reason: str) -> BackendError:

@@ -126,7 +126,7 @@ class EngineReport:
     Attributes:
         backend: its name.
         path: directory of the bundle.
-        size_bytes: of all files of the bundle but its manifest.
+        size_bytes: of all files of the bundle but its manifest and its reference data.
         options: of the backend.
         errors: relative error against PyTorch, by output.
         tolerance: what each of them had to stay within.
@@ -156,7 +156,7 @@ class EngineReport:
         return cls(
             backend=str(manifest.backend),
             path=str(engine.path),
-            size_bytes=sum(file.bytes for file in manifest.files.values()),
+            size_bytes=sum(f.bytes for name, f in manifest.files.items() if not name.startswith("reference.")),
             options=dict(manifest.options),
             errors={name: float(error) for name, error in found.get("relative_error", {}).items()},
             tolerance=found.get("tolerance"),
