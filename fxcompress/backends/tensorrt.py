@@ -36,6 +36,7 @@ from fxcompress.options import check_types
 __all__ = ["TensorRT", "TensorRTEngine"]
 
 _SHOWN = 5  # findings in one message
+_JETSONS = ("sm53", "sm62", "sm72", "sm87", "sm101", "sm110")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,10 @@ class TensorRT(Backend):
         if told is None:
             return
         for name in told:
-            _require(name in RTX_CAPABILITIES, "compute_capabilities", name, nearest(name, RTX_CAPABILITIES))
+            remedy = nearest(str(name), RTX_CAPABILITIES)
+            if name in _JETSONS:
+                remedy = f"{name} is a Jetson, which builds its own engine: TensorRT(build_on='device')"
+            _require(name in RTX_CAPABILITIES, "compute_capabilities", name, remedy)
         _require(bool(told), "compute_capabilities", told, "name one, or None")
         _require(len(set(told)) == len(told), "compute_capabilities", told, "name each once")
         _require(
