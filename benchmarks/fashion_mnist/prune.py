@@ -247,9 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
 def notes(options: argparse.Namespace) -> list[str]:
     """What was measured and how."""
     return [
-        f"Importance l2 and {options.scope} scope for both tools. Torch-Pruning takes the least ratio that leaves at most "
-        "the given share of the MACs of one image; fxcompress has at most the MACs that this left. `in 16s`: widths that "
-        "remain are multiples of 16, the channels that ONNX Runtime takes at a time on a processor with AVX-512.",
+        f"Importance l2 and {options.scope} scope for both tools. Torch-Pruning takes the least ratio that leaves at "
+        "most the given share of the MACs of one image; fxcompress has at most the MACs that this left. `in 16s`: the "
+        "widths that remain are multiples of 16, what ONNX Runtime takes at a time with AVX-512.",
         "`pruned` is the accuracy in percent on the 10,000 test images right after the removal; `tuned` the mean over "
         f"{options.seeds} seeds after a fine-tune of {options.epochs:g} epochs by the same loop, `spread` their "
         "largest minus their smallest.",
