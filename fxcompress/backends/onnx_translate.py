@@ -188,14 +188,14 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
     lowest = _lowest(int(query.dtype))
     picks = mask is not None and int(mask.dtype) == _BOOL
     if picks:
-        scores = op.Where(mask, scores, lowest)
+        scores = op.Where(mask, scores, _like(op, lowest, scores))
     elif mask is not None:
         scores = op.Add(scores, op.Max(mask, lowest))  # rows of -inf alone would turn into NaN
     elif causal:
         scores = op.Add(scores, _lower_triangle(op, query, key, lowest))
     weights = op.Softmax(scores, axis=-1)
     if picks:
-        weights = op.Where(mask, weights, 0.0)
+        weights = op.Where(mask, weights, _like(op, 0.0, weights))
     return op.MatMul(weights, value)
 
 
@@ -203,6 +203,11 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
 _FLOAT, _BOOL, _HALF, _BFLOAT = 1, 9, 10, 16
 _NARROW = {_HALF: torch.float16, _BFLOAT: torch.bfloat16}
 _OWN_RMS_NORM = 23  # the opset since which ONNX has the operation
+
+
+def _like(op: Any, number: float, value: Any) -> Any:
+    """A number in the type of ``value``: ``Where`` does not convert by itself."""
+    return op.CastLike(op.Constant(value_float=number), value)
 
 
 def _lowest(kind: int) -> float:
@@ -217,8 +222,7 @@ def _lower_triangle(op: Any, query: Any, key: Any, lowest: float) -> Any:
         op.Constant(value_ints=[size]) if isinstance(size, int) else op.Shape(value, start=-2, end=-1)
         for size, value in zip(sizes, (query, key), strict=True)
     ]
-    lowest = op.CastLike(op.Constant(value_float=lowest), query)
-    return op.Trilu(op.Expand(lowest, op.Concat(*ends, axis=0)), op.Constant(value_int=1), upper=1)
+    return op.Trilu(op.Expand(_like(op, lowest, query), op.Concat(*ends, axis=0)), op.Constant(value_int=1), upper=1)
 
 
 def _repeat_heads(op: Any, states: Any, query: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.calibrate import Calibrate
+from fxcompress.passes.convert_precision import ConvertPrecision
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fuse_modules import FuseModules
@@ -15,6 +16,7 @@ from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwise
 
 __all__ = [
     "Calibrate",
+    "ConvertPrecision",
     "FactorizeConv",
     "FactorizeLinear",
     "FuseModules",

@@ -16,6 +16,7 @@ __all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passe
 
 _BUILT_IN = {
     "calibrate": "fxcompress.passes.calibrate:Calibrate",
+    "convert_precision": "fxcompress.passes.convert_precision:ConvertPrecision",
     "factorize_conv": "fxcompress.passes.factorize_conv:FactorizeConv",
     "factorize_linear": "fxcompress.passes.factorize_linear:FactorizeLinear",
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
