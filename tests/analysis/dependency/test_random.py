@@ -117,7 +117,7 @@ def pattern_of(names):
     return Pattern("_".join(names), "tokens", body, parts, width)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=6))
 def test_random_compositions_are_exact_or_refused(names):
     verdict = ours((pattern_of(names),), "random")
