@@ -14,7 +14,7 @@ from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, macs_of
 from fxcompress.passes.low_rank.conv_methods import METHODS, Convs, Shape, applies, decompose, price, ranks_at, steps
-from fxcompress.passes.low_rank.data import site_metrics
+from fxcompress.passes.low_rank.data import site_metrics, too_wide
 from fxcompress.passes.low_rank.kernels import kernel_of, refuse_conv
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.options import check_common, patterns
@@ -108,7 +108,8 @@ class FactorizeConv(Pass):
                     rewrites.append(self._put(editor, site, made, metric))
                 if context.progress is not None:
                     context.progress(done + 1, len(sites), site.path)
-        return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+        note = too_wide(sites) if self.calibration is not None else ""
+        return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     def _best(self, site: Site, shape: Shape, metric: Metric) -> Convs | Skip:
         """The decomposition of the least error, among the methods that apply and pay."""

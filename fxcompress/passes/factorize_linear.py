@@ -14,7 +14,7 @@ from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, macs_of
-from fxcompress.passes.low_rank.data import site_metrics
+from fxcompress.passes.low_rank.data import site_metrics, too_wide
 from fxcompress.passes.low_rank.latency import latency_of
 from fxcompress.passes.low_rank.linear_sites import linear_sites, matrix_of, price_of, put_factors, with_bias
 from fxcompress.passes.low_rank.metric import Metric
@@ -126,7 +126,8 @@ class FactorizeLinear(Pass):
         if self.refit and rewrites:
             assert self.calibration is not None
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
-        return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+        note = too_wide([group[0] for group in groups.values()]) if self.calibration is not None else ""
+        return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     # --- which factors -----------------------------------------------------------------------------------------
 

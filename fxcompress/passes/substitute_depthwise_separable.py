@@ -15,7 +15,7 @@ from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, macs_of
-from fxcompress.passes.low_rank.data import site_metrics
+from fxcompress.passes.low_rank.data import site_metrics, too_wide
 from fxcompress.passes.low_rank.decouple import Decoupled, channel_energies, decouple
 from fxcompress.passes.low_rank.kernels import kernel_of, pointwise, refuse_conv
 from fxcompress.passes.low_rank.metric import Metric
@@ -104,6 +104,8 @@ class SubstituteDepthwiseSeparable(Pass):
         if self.activation is not None and self.calibration is not None and rewrites:
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
         note = "The new norms and activations are there to be trained." if self.activation and rewrites else ""
+        if self.calibration is not None:
+            note = " ".join(filter(None, (note, too_wide(sites))))
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     def _decoupled(

@@ -12,9 +12,10 @@ from fxcompress.passes.base import PassContext
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, plain_metric
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
 
-__all__ = ["site_metrics", "width"]
+__all__ = ["site_metrics", "too_wide", "width"]
 
 _BYTES = 1 << 30  # of second moments that are held at once
+_MOST = 2 << 30  # of the second moment of one site; what needs more goes without data
 
 
 def width(layer: Any) -> int:
@@ -57,15 +58,15 @@ def site_metrics(
         chunk = sites[start:stop]
         requests: dict[str, list[Any]] = {}
         for site in chunk:
-            if type(site.layer) is nn.Embedding:
-                continue  # it reads no numbers
+            if _without(site.layer):
+                continue
             kinds: list[Any] = [SecondMoment(), *([] if alpha is None else [_mean_abs(site)])]
             requests |= {node.name: kinds for node in site.nodes}
         found: Any = {}
         if requests:
             found = collect(graph_module, calibration, requests, limit=batches, progress=context.progress)
         for site, flag in zip(chunk, flags[start:stop], strict=True):
-            if type(site.layer) is nn.Embedding:
+            if _without(site.layer):
                 yield site, plain_metric(), None
                 continue
             moments = sum((found[node.name, SecondMoment()] for node in site.nodes[1:]), _first(found, site))
@@ -86,14 +87,28 @@ def _mean_abs(site: Site) -> MeanAbs:
     return MeanAbs("input", dim=-1 - len(layer.kernel_size) if type(layer) in CONVS else -1)
 
 
-def _groups(layer: Any) -> int:
-    return int(getattr(layer, "groups", 1))
+def too_wide(sites: Sequence[Site]) -> str:
+    """A sentence about the sites that go without data because of their size; empty if there are none."""
+    wide = [site.path for site in sites if type(site.layer) is not nn.Embedding and _moment_bytes(site.layer) > _MOST]
+    if not wide:
+        return ""
+    names = ", ".join(wide)
+    return f"What {names} read of the data is too wide for its second moment: factored without data."
+
+
+def _without(layer: Any) -> bool:
+    """An embedding reads no numbers; a moment may be too large."""
+    return type(layer) is nn.Embedding or _moment_bytes(layer) > _MOST
+
+
+def _moment_bytes(layer: Any) -> int:
+    return 8 * width(layer) ** 2 * int(getattr(layer, "groups", 1))
 
 
 def _chunks(sites: Sequence[Site], whole: bool) -> Iterator[tuple[int, int]]:
     start, held = 0, 0
     for index, site in enumerate(sites):
-        size = 0 if type(site.layer) is nn.Embedding else 8 * width(site.layer) ** 2 * _groups(site.layer)
+        size = 0 if _without(site.layer) else _moment_bytes(site.layer)
         if index > start and held + size > _BYTES and not whole:
             yield start, index
             start, held = index, 0
