@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -384,3 +385,15 @@ def test_an_old_tensorrt_and_a_directory_of_stubs(classic: ModuleType, monkeypat
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     with pytest.raises(BackendError, match="is not installed"):
         find_library("tensorrt")
+
+
+# --- documentation ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_every_option_and_every_finding() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    source = (root / "fxcompress" / "backends" / "tensorrt_check.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'(?:yield|_end\()\s*"(\w+)",', source))
+    assert len(codes) >= 15
+    assert [name for name in (*TensorRT().options(), *sorted(codes)) if f"`{name}`" not in page] == []
