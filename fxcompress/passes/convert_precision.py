@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -201,7 +201,7 @@ def _narrowed(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     return fresh
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
