@@ -11,8 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from fxcompress import errors, load_engine
-from fxcompress.backends.onnxruntime import OnnxRuntime
+from fxcompress import backends, errors, load_engine
 from fxcompress.recipes import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +81,8 @@ def test_errors_page_lists_every_error() -> None:
 
 def test_backend_page_lists_every_option() -> None:
     page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
-    assert [name for name in OnnxRuntime().options() if f"`{name}`" not in page] == []
+    ours = (backends.OnnxRuntime(), backends.OpenVINO(), backends.TorchScript(), backends.TorchExport())
+    assert [name for backend in ours for name in backend.options() if f"`{name}`" not in page] == []
 
 
 def test_command_line_page_lists_every_key_of_a_recipe() -> None:

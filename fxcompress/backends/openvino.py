@@ -83,6 +83,7 @@ class OpenVINO(Backend):
 
     def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
         _library()  # before the work, not after it
+        _refuse_doubles(graph_module, signature)
         from fxcompress.backends.onnx_export import write_onnx
 
         write_onnx(
@@ -259,6 +260,19 @@ class OpenVINOEngine(Engine):
         dtype = getattr(torch, _NAMES[tensor.element_type.to_string()])
         bits = np.frombuffer(tensor.data.tobytes(), np.int16 if dtype.itemsize == 2 else np.int8)
         return torch.from_numpy(bits.copy()).view(dtype).reshape(list(tensor.shape))
+
+
+def _refuse_doubles(graph_module: fx.GraphModule, signature: Signature) -> None:
+    """OpenVINO takes float64 and computes in float32."""
+    held = [(spec.name, spec.dtype) for spec in (*signature.inputs, *signature.outputs)]
+    held += [(name, dtype_name(tensor.dtype)) for name, tensor in graph_module.state_dict(keep_vars=True).items()]
+    doubles = [name for name, dtype in held if dtype in ("float64", "complex128")]
+    if doubles:
+        raise BackendError(
+            f"OpenVINO computes float64 in 32 bits, and {doubles[0]!r} is of it",
+            where="OpenVINO",
+            remedy="convert the model with .float(), or use onnxruntime, torchscript or torch_export",
+        )
 
 
 def _library() -> Any:

@@ -68,7 +68,7 @@ def read_reference(directory: Path) -> Reference | None:
     if not file.exists():
         return None
     try:
-        with safetensors.safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
             tolerance = float((opened.metadata() or {})["tolerance"])
         return Reference(_listed(tensors, "input"), _listed(tensors, "output"), tolerance)
