@@ -72,8 +72,12 @@ def _l1(weight: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _l2(weight: torch.Tensor, dim: int) -> torch.Tensor:
     """Squared, so that the sum over a group is the squared norm of all that would go."""
-    others = [other for other in range(weight.dim()) if other != dim]
-    return torch.linalg.vector_norm(weight.float(), dim=others).square()
+    if dim == 0:
+        return torch.linalg.vector_norm(weight.float().reshape(len(weight), -1), dim=1).square()
+    squares = weight.float().square()
+    if dim + 1 < weight.dim():  # what lies together in memory first: several times faster than all at once
+        squares = squares.flatten(dim + 1).sum(-1)
+    return squares.flatten(0, dim - 1).sum(0)
 
 
 def _fpgm(weight: torch.Tensor, dim: int) -> torch.Tensor:
