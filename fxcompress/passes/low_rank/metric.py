@@ -10,6 +10,7 @@ Everything is float64 and batched over the groups of a convolution, ``[groups, �
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,31 +23,77 @@ _JITTER = 1e-8  # of the mean variance; grows tenfold until the Cholesky factor 
 
 @dataclass(frozen=True)
 class Metric:
-    """A root S of what errors are weighted with.
+    """What errors are weighted with.
 
     Attributes:
-        root: lower triangular ``[groups, d, d]``, diagonal ``[groups, d]``, or None for the identity.
         moment: Σ x xᵀ of the data as it is, ``[groups, d, d]``, for the loss; None without data.
-        jitter: added to the diagonal of the moment, relative to its mean, so that the root exists; 0 if none was.
+        scale: a diagonal to weight with in the place of the moment's root, ``[groups, d]``.
+        weighs: False where the moment only measures, and every entry of the weight counts the same.
+        singular: whether the data has too few rows for the moment to have a root.
         rows: of the data; 0 without.
     """
 
-    root: torch.Tensor | None = None
     moment: torch.Tensor | None = None
-    jitter: float = 0.0
+    scale: torch.Tensor | None = None
+    weighs: bool = True
+    singular: bool = False
     rows: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether all entries of a weight count the same."""
+        return self.scale is None and (self.moment is None or not self.weighs)
+
+    @property
+    def jitter(self) -> float:
+        """What was added to the diagonal of the moment, relative to its mean; 0 if nothing was."""
+        if self.plain or self.scale is not None:
+            return 0.0
+        return self._rooted[1] if "_rooted" in self.__dict__ else (_JITTER if self.singular else 0.0)
 
     def scaled(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight · S`` for a float64 weight ``[groups, rows, d]``."""
-        if self.root is None:
+        if self.plain:
             return weight
-        return weight * self.root[:, None, :] if self.root.dim() == 2 else weight @ self.root
+        return weight * self.scale[:, None, :] if self.scale is not None else weight @ self._rooted[0]
+
+    def unscaled(self, vectors: torch.Tensor) -> torch.Tensor:
+        """``S · vectors`` for ``[groups, d, n]``."""
+        if self.plain:
+            return vectors
+        return self.scale[..., None] * vectors if self.scale is not None else self._rooted[0] @ vectors
+
+    def by_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]``: needs no root of a moment."""
+        if self.plain or self.scale is not None:
+            scaled = self.scaled(weight)
+            return scaled @ scaled.mT
+        assert self.moment is not None
+        found = weight @ self.moment @ weight.mT
+        if self.singular:
+            found += _JITTER * _level(self.moment) * (weight @ weight.mT)
+        return (found + found.mT) / 2
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
         """tr(E C Eᵀ) on the data (without data: ‖E‖²) of ``[groups, rows, d]``, summed."""
         if self.moment is None:
             return error.square().sum()
         return ((error @ self.moment) * error).sum()
+
+    @cached_property
+    def _rooted(self) -> tuple[torch.Tensor, float]:
+        """The Cholesky factor of the moment, and the jitter that it took."""
+        assert self.moment is not None
+        jitter = _JITTER if self.singular else 0.0
+        while True:
+            given = self.moment
+            if jitter:
+                given = given.clone()
+                given.diagonal(dim1=-2, dim2=-1).add_(jitter * _level(self.moment)[..., 0])
+            root, failed = torch.linalg.cholesky_ex(given)
+            if not bool(failed.any()):
+                return root, jitter
+            jitter = max(jitter * 10, _JITTER)
 
 
 def plain_metric() -> Metric:
@@ -62,8 +109,7 @@ def data_metric(moments: Moments, *, centred: bool = False) -> Metric:
         centred: of x − mean(x): for a layer whose bias takes up what the mean loses.
     """
     moment = moments.covariance * moments.count if centred else moments.total
-    root, jitter = _root(moment, singular=moments.count <= moment.shape[-1])
-    return Metric(root, moment, jitter, moments.count)
+    return Metric(moment, singular=moments.count <= moment.shape[-1], rows=moments.count)
 
 
 def diagonal_metric(moments: Moments, mean_abs: torch.Tensor, alpha: float) -> Metric:
@@ -75,16 +121,10 @@ def diagonal_metric(moments: Moments, mean_abs: torch.Tensor, alpha: float) -> M
         alpha: 0 is the plain metric.
     """
     scale = mean_abs.clamp_min(1e-6 * float(mean_abs.mean()) or 1.0).pow(alpha)
-    return Metric(scale, moments.total, 0.0, moments.count)
+    return Metric(moments.total, scale, rows=moments.count)
 
 
-def _root(moment: torch.Tensor, *, singular: bool) -> tuple[torch.Tensor, float]:
+def _level(moment: torch.Tensor) -> torch.Tensor:
+    """Mean of the diagonal, ``[groups, 1, 1]``; 1 where all is zero."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]
-    one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    jitter = _JITTER if singular else 0.0
-    while True:
-        root, failed = torch.linalg.cholesky_ex(moment + jitter * mean * one if jitter else moment)
-        if not bool(failed.any()):
-            return root, jitter
-        jitter = max(jitter * 10, _JITTER)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))[:, None, None]

@@ -67,9 +67,8 @@ def gram(weight: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, bool]:
     rows, width = weight.shape[-2:]
     by_rows = rows <= width
     if by_rows:
-        if metric.root is not None:
-            scaled = metric.scaled(weight.double())
-            return scaled @ scaled.mT, True
+        if not metric.plain:
+            return metric.by_rows(weight.double()), True
         found = weight.new_zeros(len(weight), rows, rows, dtype=torch.float64)
         for piece in weight.split(_step(rows, len(weight)), -1):
             wide = piece.double()
@@ -126,8 +125,7 @@ def truncate(
     leading = vectors[..., -rank:].flip(-1)
     del vectors
     if not by_rows:
-        back = leading if metric.root is None else _root_times(metric.root, leading)
-        leading = torch.linalg.qr(_product(weight, back)).Q
+        leading = torch.linalg.qr(_product(weight, metric.unscaled(leading))).Q
     return _factors(weight, leading, energy, energy.sum(-1))
 
 
@@ -145,7 +143,7 @@ def _factors(
 def _range_finder(weight: torch.Tensor, metric: Metric, rank: int, seed: int) -> Factors | None:
     """Two subspace iterations with oversampling; None where they did not converge."""
     width = min(rank + max(16, rank // 4), min(weight.shape[-2:]))
-    matrix = metric.scaled(weight.double()).to(torch.float32) if metric.root is not None else weight.float()
+    matrix = weight.float() if metric.plain else metric.scaled(weight.double()).to(torch.float32)
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     start = torch.randn(1, matrix.shape[-1], width, generator=generator, device=weight.device)
     basis = torch.linalg.qr(matrix @ start).Q
@@ -162,10 +160,6 @@ def _range_finder(weight: torch.Tensor, metric: Metric, rank: int, seed: int) ->
     values, turned = torch.linalg.eigh(small.mT @ small)
     leading = basis.double() @ turned[..., -rank:].flip(-1)
     return _factors(weight, leading, values.flip(-1).clamp_min(0), total, randomized=True)
-
-
-def _root_times(root: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    return root[..., None] * vectors if root.dim() == 2 else root @ vectors
 
 
 def _product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
