@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,8 @@ from torch import fx
 
 from fxcompress.backends.base import Backend, BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
-from fxcompress.backends.registry import backend_class
 from fxcompress.backends.tensorrt_build import Settings, build_plan
-from fxcompress.backends.tensorrt_check import Finding, check_onnx
+from fxcompress.backends.tensorrt_check import check_onnx
 from fxcompress.backends.tensorrt_device import (
     REFERENCE_FILE,
     default_tolerance,
@@ -28,14 +27,15 @@ from fxcompress.backends.tensorrt_device import (
 )
 from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
+from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import ranges_of, settle_profiles
+from fxcompress.backends.tensorrt_weights import spread_block_weights
 from fxcompress.errors import BackendError, OptionError, nearest
 from fxcompress.options import check_types
 
 __all__ = ["TensorRT", "TensorRTEngine"]
 
-_SHOWN = 5  # findings in one message
 _JETSONS = ("sm53", "sm62", "sm72", "sm87", "sm101", "sm110")
 
 
@@ -164,12 +164,13 @@ class TensorRT(Backend):
                 simplify=self.simplify,
                 progress=context.progress,
             )
+            spread_block_weights(place / ONNX_FILE)
             context.progress("check the ONNX file")
-            origins = Origins(graph_module, _node_names(place / ONNX_FILE))
-            _refuse(check_onnx(place / ONNX_FILE), origins)
+            origins = Origins(graph_module, node_names(place / ONNX_FILE))
+            refuse(check_onnx(place / ONNX_FILE), origins)
             if context.verify is not None and (on_device or not torch.cuda.is_available()):
                 context.progress("verify the ONNX file")
-                _verify_onnx(place, signature, context)
+                verify_onnx(place, signature, context)
             facts: dict[str, Any] = {"bytes": 0}
             if library is not None:
                 context.progress("parse with TensorRT" if on_device else "build with TensorRT")
@@ -267,52 +268,6 @@ def _profile(told: Any) -> Any:
             "give the least, the usual and the greatest size, in this order: {'batch': (1, 8, 32)}",
         )
     return made
-
-
-def _node_names(path: Path) -> list[str]:
-    return [node.name for node in onnx.load(path, load_external_data=False).graph.node]
-
-
-def _refuse(findings: Sequence[Finding], origins: Origins) -> None:
-    refused = [finding for finding in findings if finding.refused]
-    if refused:
-        shown = "; ".join(str(finding) for finding in refused[:_SHOWN])
-        more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
-        nodes = [f"ONNX node {f.node!r} ({f.op}) of {origins.tell(f.node, f.op)}" for f in refused[:_SHOWN] if f.op]
-        raise BackendError(
-            f"TensorRT will not import this model: {shown}{more}",
-            where="; ".join(dict.fromkeys(nodes)) or ", ".join(finding.node for finding in refused[:_SHOWN]),
-            remedy=refused[0].remedy,
-        )
-
-
-def _verify_onnx(directory: Path, signature: Signature, context: BuildContext) -> None:
-    """Compare the ONNX file that the engine is made of with PyTorch, in ONNX Runtime, since the engine cannot run here.
-
-    What ONNX Runtime cannot run is noted; a difference is an error.
-    """
-    assert context.verify is not None
-    runtime = backend_class("onnxruntime")
-    manifest = Manifest(
-        "engine",
-        runtime.name,
-        signature.inputs,
-        signature.outputs,
-        signature.input_structure,
-        signature.output_structure,
-    )
-    try:
-        with runtime.load(directory, manifest) as engine:
-            found = dict(context.verify(engine))
-    except BackendError as error:
-        context.instead = f"ONNX Runtime cannot run the ONNX file either: {error.problem}"
-        return
-    worst = max(found.get("relative_error", {}).values(), default=0.0)
-    context.measurements["onnx_verification"] = found
-    context.instead = (
-        f"the ONNX file that it is made of was run in ONNX Runtime instead: relative error {worst:.2g}, "
-        f"{found.get('tolerance', 0.0):.0e} allowed"
-    )
 
 
 def _not_in_rtx(option: str) -> OptionError:

@@ -200,7 +200,13 @@ _Told = Iterator[tuple[str, str, str, bool]]
 
 def _operator(graph: _Graph, node: onnx.NodeProto) -> _Told:
     op = node.op_type
-    if node.domain not in ("", "ai.onnx", "trt", "com.microsoft"):
+    if op == "MatMulNBits" and graph.type_of(node, 0) == TensorProto.FLOAT:
+        problem = "TensorRT takes blocks of integers in another form, without zero points and in whole blocks"
+        remedy = (
+            "use quantize_weights(bits=4) with a block size that divides the inputs, or leave the layer out (ignore)"
+        )
+        yield "block_weights", problem, remedy, True
+    elif node.domain not in ("", "ai.onnx", "trt", "com.microsoft"):
         yield "custom_op", f"{node.domain}::{op} needs a plugin", "write it with operators of ONNX", True
     elif op in INTEGER_QUANTIZATION:
         yield "integer_op", "TensorRT takes QuantizeLinear and DequantizeLinear only", _TENSORRT_SCHEME, True
