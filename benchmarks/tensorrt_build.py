@@ -8,7 +8,8 @@ importability check, the parser or the builder says, and the layer.
     python -m benchmarks.tensorrt_build --model resnet18 --model swin_t
     python -m benchmarks.tensorrt_build --jobs 1 --timeout 600 --resume     # all; go on where it ended
 
-The table goes to `benchmarks/results/` after every model.
+The table goes to `benchmarks/results/` after every model. A time limit needs `--jobs`: the library does not let a build
+be interrupted from inside its process.
 """
 
 from __future__ import annotations

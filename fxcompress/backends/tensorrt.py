@@ -27,9 +27,9 @@ from fxcompress.backends.tensorrt_device import (
 )
 from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
-from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_onnx
+from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_inside, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
-from fxcompress.backends.tensorrt_profiles import ranges_of, settle_profiles
+from fxcompress.backends.tensorrt_profiles import cover_examples, ranges_of, settle_profiles
 from fxcompress.backends.tensorrt_weights import spread_block_weights
 from fxcompress.errors import BackendError, OptionError, nearest
 from fxcompress.options import check_types
@@ -168,9 +168,12 @@ class TensorRT(Backend):
             context.progress("check the ONNX file")
             origins = Origins(graph_module, node_names(place / ONNX_FILE))
             refuse(check_onnx(place / ONNX_FILE), origins)
-            if context.verify is not None and (on_device or not torch.cuda.is_available()):
+            inside = cover_examples(profiles, signature.inputs)
+            if context.verify is not None and (on_device or not inside or not torch.cuda.is_available()):
                 context.progress("verify the ONNX file")
                 verify_onnx(place, signature, context)
+                if not inside:
+                    verify_inside(graph_module, signature, profiles, context)
             facts: dict[str, Any] = {"bytes": 0}
             if library is not None:
                 context.progress("parse with TensorRT" if on_device else "build with TensorRT")

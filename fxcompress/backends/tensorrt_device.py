@@ -20,7 +20,15 @@ from fxcompress.errors import BackendError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import nested_inputs, outputs_of, resized
 
-__all__ = ["REFERENCE_FILE", "SCRIPTS", "default_tolerance", "write_facts", "write_reference", "write_scripts"]
+__all__ = [
+    "REFERENCE_FILE",
+    "SCRIPTS",
+    "default_tolerance",
+    "sized_inputs",
+    "write_facts",
+    "write_reference",
+    "write_scripts",
+]
 
 REFERENCE_FILE = "reference.npz"
 SCRIPTS = ("build_engine.py", "run_engine.py")
@@ -75,7 +83,7 @@ def write_reference(
     Raises:
         BackendError: a dtype has no form in numpy.
     """
-    leaves = _sized(graph_module, signature, profiles, example_inputs)
+    leaves = sized_inputs(graph_module, signature, profiles[0] if profiles else None, example_inputs)
     outputs = outputs_of(graph_module, *nested_inputs(graph_module, leaves))
     arrays: dict[str, np.ndarray] = {}
     for what, specs, values in (("input", signature.inputs, leaves), ("output", signature.outputs, outputs)):
@@ -86,19 +94,17 @@ def write_reference(
     np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
-def _sized(
-    graph_module: fx.GraphModule, signature: Signature, profiles: Sequence[Profile], leaves: Sequence[Any] | None
+def sized_inputs(
+    graph_module: fx.GraphModule, signature: Signature, profile: Profile | None, leaves: Sequence[Any] | None
 ) -> list[Any]:
+    """Flat inputs of the sizes that a profile is tuned for: the examples, cut or repeated, or random ones."""
+    wanted = {name: bounds[1] for name, bounds in profile.sizes.items()} if profile is not None else {}
     if leaves is None:
-        sizes = {name: bounds[1] for name, bounds in profiles[0].sizes.items()} if profiles else {}
-        return list(random_inputs(signature.inputs, sizes=sizes))
-    if not profiles:
-        return list(leaves)
-    names = info(graph_module).dim_names
-    known = {symbol: name for symbol, name in names.items() if name in profiles[0].sizes}
-    known |= {name: name for name in profiles[0].sizes if name not in known.values()}
-    wanted = {symbol: profiles[0].sizes[name][1] for symbol, name in known.items()}
-    return resized(graph_module, leaves, wanted) or list(leaves)
+        return list(random_inputs(signature.inputs, sizes=wanted))
+    known = info(graph_module).dim_names
+    symbols = {symbol: wanted[name] for symbol, name in known.items() if name in wanted}
+    symbols |= {name: size for name, size in wanted.items() if name not in known.values()}
+    return resized(graph_module, leaves, symbols) or list(leaves)
 
 
 def _array(tensor: torch.Tensor, spec: TensorSpec) -> np.ndarray:

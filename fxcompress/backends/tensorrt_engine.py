@@ -161,7 +161,7 @@ class TensorRTEngine(Engine):
             if self.facts.stripped:
                 _refit(library, engine, path / ONNX_FILE)
         self._engine = engine
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._device = _current_device()
         self._bound = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         return None
 
@@ -251,6 +251,10 @@ class TensorRTEngine(Engine):
                 remedy="leave that step outside of the engine",
             )
         return shape
+
+
+def _current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _inside(shape: Sequence[int], bounds: Sequence[Sequence[int]]) -> bool:

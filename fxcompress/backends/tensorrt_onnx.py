@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
+import torch
+from torch import fx
 
 from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.engine import Engine
 from fxcompress.backends.registry import backend_class
 from fxcompress.backends.tensorrt_check import Finding
+from fxcompress.backends.tensorrt_device import default_tolerance, sized_inputs
 from fxcompress.backends.tensorrt_origin import Origins
-from fxcompress.errors import BackendError
+from fxcompress.backends.tensorrt_profiles import Profile
+from fxcompress.backends.verification import verify_engine
+from fxcompress.errors import BackendError, VerificationError
+from fxcompress.graph.running import nested_inputs, outputs_of
 
-__all__ = ["node_names", "refuse", "verify_onnx"]
+__all__ = ["node_names", "refuse", "verify_inside", "verify_onnx"]
 
 _SHOWN = 5  # findings in one message
 
@@ -61,6 +69,12 @@ def verify_onnx(directory: Path, signature: Signature, context: BuildContext) ->
         # As the file stands: ONNX Runtime's further fusions round the inputs of weight-only products to 8 bits.
         with runtime.load(directory, manifest, optimization_level="basic") as engine:
             found = dict(context.verify(engine))
+    except VerificationError as error:
+        raise VerificationError(
+            f"the ONNX file that the engine is made of is wrong, as run in ONNX Runtime: {error.problem}",
+            where=error.where,
+            remedy=error.remedy,
+        ) from error
     except BackendError as error:
         context.instead = f"ONNX Runtime cannot run the ONNX file either: {error.problem}"
         return
@@ -70,3 +84,24 @@ def verify_onnx(directory: Path, signature: Signature, context: BuildContext) ->
         f"the ONNX file that it is made of was run in ONNX Runtime instead: relative error {worst:.2g}, "
         f"{found.get('tolerance', 0.0):.0e} allowed"
     )
+
+
+def verify_inside(
+    graph_module: fx.GraphModule, signature: Signature, profiles: Sequence[Profile], context: BuildContext
+) -> None:
+    """Have the engine verified at the sizes that its profiles are tuned for, since they leave out the examples' own."""
+    tolerance = float(
+        context.measurements.get("onnx_verification", {}).get("tolerance", default_tolerance(graph_module))
+    )
+    sets = [sized_inputs(graph_module, signature, profile, context.example_inputs) for profile in profiles]
+
+    def expected(*leaves: torch.Tensor) -> list[torch.Tensor]:
+        outputs = outputs_of(graph_module, *nested_inputs(graph_module, leaves))
+        return [output for output in outputs if isinstance(output, torch.Tensor)]
+
+    def verify(engine: Engine) -> Mapping[str, Any]:
+        errors = verify_engine(engine, expected, sets, tolerance)
+        shapes = [[list(leaf.shape) for leaf in leaves] for leaves in sets]
+        return {"relative_error": errors, "tolerance": tolerance, "input_shapes": shapes}
+
+    context.verify = verify

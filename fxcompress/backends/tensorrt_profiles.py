@@ -14,7 +14,7 @@ from fxcompress.backends.signature import TensorSpec
 from fxcompress.errors import BackendError, OptionError, nearest
 from fxcompress.graph.info import info
 
-__all__ = ["Bounds", "Profile", "ranges_of", "settle_profiles", "symbols_of"]
+__all__ = ["Bounds", "Profile", "cover_examples", "ranges_of", "settle_profiles", "symbols_of"]
 
 Bounds = tuple[int, int, int]
 """Least, most usual and greatest size."""
@@ -84,6 +84,21 @@ def settle_profiles(
             sizes[symbol] = _default(symbol, inputs, allowed) if given is None else _checked(symbol, given, allowed)
         made.append(Profile(sizes, _shapes(inputs, sizes)))
     return tuple(made)
+
+
+def cover_examples(profiles: Sequence[Profile], inputs: Sequence[TensorSpec]) -> bool:
+    """Whether the sizes at which ``compile()`` verifies, the examples' and another, lie inside the profiles."""
+    sizes: dict[str, int] = {}
+    for spec in inputs:
+        for size, example in zip(spec.shape, spec.example or (), strict=False):
+            if isinstance(size, str) and size.isidentifier():
+                sizes[size] = example
+    other = {name: (2 if size == 1 else 1) if name == "batch" else size + 1 for name, size in sizes.items()}
+
+    def fit(at: Mapping[str, int]) -> bool:
+        return any(all(p.sizes[n][0] <= at.get(n, 0) <= p.sizes[n][2] for n in p.sizes) for p in profiles)
+
+    return not profiles or (fit(sizes) and fit(other))
 
 
 def symbols_of(inputs: Sequence[TensorSpec]) -> list[str]:

@@ -18,7 +18,7 @@ import fxcompress as fxc
 from fxcompress.backends import tensorrt_library
 from fxcompress.backends.tensorrt import TensorRT
 from fxcompress.backends.tensorrt_engine import PLAN_FILE, TensorRTEngine
-from fxcompress.errors import BackendError, PreconditionError
+from fxcompress.errors import BackendError, PreconditionError, VerificationError
 from tests.backends import fake_tensorrt
 from tests.support import randomize
 
@@ -133,6 +133,20 @@ def test_engines_that_do_not_fit_this_gpu(
     facts.write_text(facts.read_text().replace('"sm86"', ""))
     assert TensorRTEngine(loaded.path, loaded.manifest).unavailable == "tensorrt is not installed"
     assert (loaded.path / PLAN_FILE).exists()
+
+
+def test_profiles_without_the_examples_sizes_are_verified_at_their_own(
+    engine: tuple[TensorRTEngine, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = engine
+    monkeypatch.setattr("fxcompress.backends.tensorrt_engine._current_device", lambda: torch.device("cpu"))
+    backend = TensorRT(library="tensorrt", profiles=({"batch": (4, 8, 16)}, {"batch": (20, 20, 20)}))
+    compiled = fxc.compile(model, example_inputs=inputs(2), backend=backend)
+    assert compiled.report.engine is not None and not compiled.report.engine.unverified
+    assert compiled.report.engine.verified == ["x[8, 4], index[8]", "x[20, 4], index[20]"]
+    monkeypatch.setattr(fake_tensorrt.Engine, "wrong_by", 1.0)
+    with pytest.raises(VerificationError, match="differs from PyTorch"):
+        fxc.compile(model, example_inputs=inputs(2), backend=backend)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
