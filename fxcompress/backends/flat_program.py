@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from fxcompress.graph.lifting import output_spec
-from fxcompress.graph.lowering import to_exported_program
+from fxcompress.graph.lowering import Lowering, to_exported_program
+from fxcompress.graph.trace import trace
 
 __all__ = ["flat_program"]
 
@@ -38,7 +39,7 @@ def flat_program(graph_module: fx.GraphModule, example_inputs: Sequence[torch.Te
         GraphError: a layer cannot be lowered.
         PreconditionError: the graph has no shapes.
     """
-    program = to_exported_program(graph_module)
+    program = to_exported_program(graph_module, rewrite=_taken_apart)
     graph = program.graph
     specs, inputs = [], []
     for node, spec in zip(graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True):
@@ -66,6 +67,26 @@ def flat_program(graph_module: fx.GraphModule, example_inputs: Sequence[torch.Te
         None if example_inputs is None else (tuple(example_inputs), {}),
         program.constants,
     )
+
+
+def _taken_apart(lowering: Lowering, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operators of our own, which no other program knows, as the ATen operators that define them."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "fxcompress":
+        return NotImplemented
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    operands = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+
+    def operation(*values: Any) -> Any:
+        given = iter(values)
+        own_args, own_kwargs = pytree.tree_unflatten([next(given) if _is_node(x) else x for x in leaves], spec)
+        return target(*own_args, **own_kwargs)
+
+    recorded = trace(operation, [operand.meta["val"] for operand in operands], lowering.mode, decompositions={})
+    return lowering.inline(recorded, operands, origin=str(target))
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
 
 
 def _varies(result: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 import zipfile
@@ -36,7 +35,8 @@ class TorchScript(Backend):
     """Lower to TorchScript, which loads with ``torch.jit.load`` without the model's code, in Python and in C++.
 
     Attributes:
-        freeze: let TorchScript fold what depends on weights alone (batch norm into convolutions, say).
+        freeze: when the engine is loaded, fold what depends on weights alone: batch norm into convolutions, say. The
+            file stays as it is, so weights that are stored as small integers stay small.
         optimize: run ``torch.jit.optimize_for_inference`` when the engine is loaded: operators fused and weights laid
             out for this machine's processor.
 
@@ -69,13 +69,7 @@ class TorchScript(Backend):
         graph = script_graph(flat_program(graph_module))
         with _without_deprecation():
             function: Any = torch._C._create_function_from_graph("forward", graph)
-            if not self.freeze:
-                function.save(str(directory / MODEL_FILE))
-                return
-            context.progress("freeze TorchScript")
-            # Freezing works on modules, and a saved function is loaded as one.
-            module = torch.jit.load(io.BytesIO(function.save_to_buffer()))
-            torch.jit.freeze(module.eval()).save(str(directory / MODEL_FILE))
+            function.save(str(directory / MODEL_FILE))
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> TorchScriptEngine:
@@ -109,8 +103,10 @@ class TorchScriptEngine(Engine):
         try:
             with _without_deprecation():
                 self.module = torch.jit.load(str(file), map_location="cpu").eval()
+                if backend.freeze:
+                    self.module = torch.jit.freeze(self.module)
                 if backend.optimize:
-                    self.module = torch.jit.optimize_for_inference(torch.jit.freeze(self.module))
+                    self.module = torch.jit.optimize_for_inference(self.module)
         except (RuntimeError, ValueError, OSError) as error:
             raise BackendError(
                 f"torch cannot load the TorchScript program: {_last_line(error)}",

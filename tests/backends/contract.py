@@ -99,6 +99,7 @@ FEATURES: dict[str, frozenset[str]] = {
     "recurrent layers": frozenset(BACKENDS),
     "float64": frozenset(BACKENDS) - {"openvino"},  # it computes in 32 bits, and is found out
     "integers of 64 bits": frozenset(BACKENDS) - {"openvino"},
+    "weights stored in 4 bits": frozenset(BACKENDS),
     "int8 in integer kernels": frozenset({"onnxruntime", "openvino"}),
     "refuses an index out of range": frozenset(BACKENDS) - {"openvino"},
     "dict and keyword inputs": frozenset(BACKENDS),

@@ -247,6 +247,30 @@ def test_int8(name: str) -> None:
         assert engine.executed_precisions()["Convolution"].keys() <= {"u8", "i8"}
 
 
+@each
+@torch.no_grad()
+def test_weights_in_4_bits(name: str, tmp_path: Path) -> None:
+    """Weights of integers in blocks stay small on disk, and are computed with as PyTorch does."""
+    feature(name, "weights stored in 4 bits")
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64)).eval()
+    compiled = fxc.compile(model, [fxc.passes.QuantizeWeights()], (torch.randn(2, 256),), progress=False)
+    engine = compiled.export(contract.backend(name), tmp_path / "b")
+    x = torch.randn(5, 256)
+    close(engine(x), compiled(x))
+    stored = sum(record.bytes for file, record in engine.manifest.files.items() if file != "reference.safetensors")
+    assert stored < 0.25 * 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
+@each
+@torch.no_grad()
+def test_dynamic_quantization(name: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    compiled = fxc.compile(model, [fxc.passes.QuantizeDynamic()], (torch.randn(2, 64),), progress=False)
+    engine = compiled.export(contract.backend(name))
+    x = torch.randn(5, 64)
+    close(engine(x), compiled(x), 1e-2)
+
+
 # -- bundles ---------------------------------------------------------------------------------------------------------
 
 
