@@ -206,7 +206,7 @@ def _sizes(before: fx.GraphModule, after: fx.GraphModule, result: Any, plan: Any
 
 
 def _bound(graph_module: fx.GraphModule, plan: Any) -> int:
-    """Parameters of which one dimension at most can shrink: embeddings and tables, and layers that make outputs."""
+    """Parameters of embeddings and tables, and of layers that make outputs or read inputs: one side stays."""
     from fxcompress.analysis.dependency.layout import blocks
 
     found: set[str] = set()
@@ -215,6 +215,8 @@ def _bound(graph_module: fx.GraphModule, plan: Any) -> int:
             found.add(str(node.target))
         elif node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding):
             found.add(f"{node.target}.weight")
+        elif node.op == "call_module" and any(source.op == "placeholder" for source in node.all_input_nodes):
+            found.add(f"{node.target}.weight")  # an embedding of patches, say
     for path, dims in plan.builder.makes.items():
         made = [block.labels.reshape(-1) for dim in dims for block in blocks(plan.builder.weights[path][dim])]
         if made and made[0].size and plan.reason(int(made[0][0]))[1] == OUTPUT_PIN:
@@ -366,7 +368,8 @@ def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
         notes=[
             f"`PruneChannels(ratio={RATIO})`. `fall`: share of the parameters that went; at least {FALL_BAR:.0%}, or "
             f"{BOUND_BAR:.0%} where `bound_share`, the share of parameters in embeddings, tables and layers that make "
-            f"outputs, is {BOUND_SHARE:.0%} or more. `proof`: from outside means that the user's own model, with what "
+            f"outputs or read inputs, is {BOUND_SHARE:.0%} or more. `proof`: from outside means that the user's own "
+            "model, with what "
             f"`detail['kept']` says is removed set to zero, gives the pruned outputs (relative error at most "
             f"{PROOF_TOLERANCE:.0e}, or {WIDE_TOLERANCE:.0e} in float64); with norms over what stays, that the pass "
             "compared with a reference whose layer or group norms leave the removed channels out of their statistics. "
