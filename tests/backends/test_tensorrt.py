@@ -387,6 +387,44 @@ def test_an_old_tensorrt_and_a_directory_of_stubs(classic: ModuleType, monkeypat
         find_library("tensorrt")
 
 
+# --- after passes -----------------------------------------------------------------------------------------------------
+
+
+def wide() -> nn.Module:
+    layers = [nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 512, 3), nn.ReLU()]
+    return randomize(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)))
+
+
+@needs_rtx
+def test_engines_shrink_as_their_models_do() -> None:
+    quantize = fxc.passes.Quantize([X], scheme="tensorrt")
+    recipes: list[list[Any]] = [
+        ["fuse_modules"],
+        ["fuse_modules", "convert_precision"],
+        ["fuse_modules", "prune_channels(ratio=0.5)"],
+        ["fuse_modules", quantize],
+    ]
+    sizes = []
+    for passes in recipes:
+        backend = TensorRT(compute_capabilities=("sm86", "sm89"))
+        compiled = fxc.compile(wide(), passes, X, backend=backend)
+        assert compiled.engine is not None
+        measured = compiled.engine.manifest.measurements
+        assert (
+            max(measured["onnx_verification"]["relative_error"].values()) <= measured["onnx_verification"]["tolerance"]
+        )
+        sizes.append(measured["tensorrt"]["bytes"])
+    assert all(size < sizes[0] for size in sizes[1:]), sizes
+
+
+@needs_rtx
+def test_a_model_quantized_for_another_engine_is_explained() -> None:
+    quantize = fxc.passes.Quantize([X], scheme="onnxruntime")
+    with pytest.raises(BackendError, match="takes uint8 for int8") as caught:
+        fxc.compile(wide(), ["fuse_modules", quantize], X, backend="tensorrt")
+    assert "scheme='tensorrt'" in str(caught.value.remedy)
+
+
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 
