@@ -25,12 +25,12 @@ __all__ = ["draw"]
 _ROW, _COLUMN, _TOP, _LEFT = 20, 34, 170, 250
 _COLORS = ("#3557d6", "#10794a", "#b3540b", "#8b3fb8", "#0c7c8c", "#a8326b", "#5d6b13", "#6a4fd0")
 _STYLE = """
-svg { --text: #1b1f27; --soft: #667085; --line: #e3e6eb; --page: #ffffff; --stop: #c0362c; background: var(--page);
-  font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+svg { background: #ffffff; font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+text { fill: #1b1f27; } .soft { fill: #667085; } .rule { stroke: #e3e6eb; } .open { fill: #ffffff; }
+.tie { fill: none; stroke-width: 1.6; } .stop { stroke: #c0362c; stroke-width: 2.2; fill: none; }
 @media (prefers-color-scheme: dark) {
-  svg { --text: #e7eaf0; --soft: #97a1b3; --line: #2b313c; --page: #12151b; --stop: #ff9d92; } }
-text { fill: var(--text); } .soft { fill: var(--soft); } .rule { stroke: var(--line); }
-.tie { fill: none; stroke-width: 1.6; } .stop { stroke: var(--stop); stroke-width: 2.2; fill: none; }
+  svg { background: #12151b; } text { fill: #e7eaf0; } .soft { fill: #97a1b3; } .rule { stroke: #2b313c; }
+  .open { fill: #12151b; } .stop { stroke: #ff9d92; } }
 """
 
 
@@ -140,12 +140,12 @@ class _Picture:
         spot, facts = self.spots[item], self.graph.nodes[item]
         stops = list((self.graph.get_edge_data(item, item) or {}).values())
         told = [f"{item}, size {facts['size']}", *(f"stopped at {stop['node']}: {stop['barrier']}" for stop in stops)]
-        fill = color if facts["removable"] else "var(--page)"
+        fill = f'fill="{color}"' if facts["removable"] else 'class="open"'
         if spot.weight:
             shape = f'<rect x="{spot.x - 3.5:.1f}" y="{spot.y - 3.5:.1f}" width="7" height="7" '
         else:
             shape = f'<circle cx="{spot.x:.1f}" cy="{spot.y:.1f}" r="4" '
-        shape += f'fill="{fill}" stroke="{color}"/>'
+        shape += f'{fill} stroke="{color}"/>'
         if stops:
             x, y = spot.x, spot.y
             shape += f'<path class="stop" d="M {x - 5} {y - 5} L {x + 5} {y + 5} M {x + 5} {y - 5} L {x - 5} {y + 5}"/>'
