@@ -211,7 +211,7 @@ def _bound(graph_module: fx.GraphModule, plan: Any) -> int:
 
     found: set[str] = set()
     for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" and str(node.target) not in plan.builder.makes:  # those are weights of calls
             found.add(str(node.target))
         elif node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Embedding):
             found.add(f"{node.target}.weight")
