@@ -27,7 +27,7 @@ from fxcompress.backends.tensorrt_device import (
 )
 from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
-from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_inside, verify_onnx
+from fxcompress.backends.tensorrt_onnx import lower_subscripts, node_names, refuse, verify_inside, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import cover_examples, ranges_of, settle_profiles
 from fxcompress.backends.tensorrt_weights import spread_block_weights
@@ -165,6 +165,7 @@ class TensorRT(Backend):
                 progress=context.progress,
             )
             spread_block_weights(place / ONNX_FILE)
+            lower_subscripts(place / ONNX_FILE)
             context.progress("check the ONNX file")
             origins = Origins(graph_module, node_names(place / ONNX_FILE))
             refuse(check_onnx(place / ONNX_FILE), origins)

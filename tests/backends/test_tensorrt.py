@@ -387,6 +387,19 @@ def test_an_old_tensorrt_and_a_directory_of_stubs(classic: ModuleType, monkeypat
         find_library("tensorrt")
 
 
+class Subscripts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("N C h W, NChK -> N C W K".replace(" ", ""), x, x + 1)
+
+
+@needs_rtx
+def test_subscripts_become_small_letters() -> None:
+    backend = TensorRT(compute_capabilities=("sm86",))
+    compiled = fxc.compile(Subscripts().eval(), example_inputs=X, backend=backend)
+    assert compiled.engine is not None
+    assert compiled.engine.manifest.measurements["onnx_verification"]["relative_error"]
+
+
 # --- after passes -----------------------------------------------------------------------------------------------------
 
 
