@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxcompress.analysis.dependency.builder import Builder
-from fxcompress.analysis.dependency.labels import Solution, connected_components
+from fxcompress.analysis.dependency.labels import Solution
 from fxcompress.analysis.dependency.layout import Dim, blocks
 
 __all__ = ["Group", "find_groups", "importance"]
@@ -23,8 +23,8 @@ class Group:
     Attributes:
         classes: removable classes of the group, ascending.
         layers: the weights that make them: ``("layer1.0.conv2.weight", "layer1.0.downsample.0.weight")``.
-        width: channels along the layers' dimension.
-        multiplicity: channels of that dimension that one class stands for.
+        width: channels of the first of these layers that belong to the group.
+        multiplicity: how many of them one class stands for.
     """
 
     classes: NDArray[np.int64]
@@ -34,32 +34,51 @@ class Group:
 
 
 def find_groups(builder: Builder, solution: Solution) -> list[Group]:
-    """All groups with anything to remove, in the order in which the graph makes them."""
-    made: list[tuple[str, Dim, NDArray[np.int64]]] = []
+    """All groups with anything to remove, in the order in which the graph makes them.
+
+    Classes compete if the same layers make them. Where halves of one layer's channels go to different sums, they are
+    two groups: a ratio holds for each half, whatever the sums are made of.
+    """
+    made: list[tuple[str, NDArray[np.int64], NDArray[np.int64]]] = []  # weight, classes, channels that each stands for
     for path, layout in builder.weights.items():
-        for number, dim in enumerate(layout):
-            if number not in builder.makes.get(path, ()):
-                continue
-            classes = [np.unique(solution.class_of[block.labels]) for block in blocks(dim)]
-            found = np.unique(np.concatenate(classes)) if classes else np.zeros(0, dtype=np.int64)
-            found = found[solution.removable[found]]
-            if found.size:
-                made.append((path, dim, found))
-    # Two dimensions with a class in common compete together.
-    member = np.concatenate([np.full(len(item[2]), index) for index, item in enumerate(made)] or [np.zeros(0, int)])
-    cls = np.concatenate([item[2] for item in made] or [np.zeros(0, int)])
-    order = np.argsort(cls, kind="stable")
-    same = cls[order][1:] == cls[order][:-1]
-    left, right = member[order][1:][same], member[order][:-1][same]
-    component = connected_components(len(made), left, right)
+        for number in builder.makes.get(path, ()):
+            classes, counts = _counted(layout[number], solution)
+            if classes.size:
+                made.append((path, classes, counts))
+    if not made:
+        return []
+    # One number per layer, added up over the layers that make a class: equal sums mean equal sets.
+    marks = np.random.default_rng(0).integers(1, 1 << 62, len(made), dtype=np.uint64)
+    total = np.zeros(len(solution.class_of), dtype=np.uint64)
+    for mark, (_, classes, _) in zip(marks, made, strict=True):
+        total[classes] += mark
+    members: dict[int, list[int]] = {}
+    own: dict[int, NDArray[np.int64]] = {}
+    for index, (_, classes, _) in enumerate(made):
+        sums = total[classes]
+        for value in np.unique(sums).tolist():
+            members.setdefault(value, []).append(index)
+            own.setdefault(value, classes[sums == value])
     groups: list[Group] = []
-    for root in np.unique(component).tolist():
-        members = [made[index] for index in np.flatnonzero(component == root).tolist()]
-        classes_ = np.unique(np.concatenate([item[2] for item in members]))
-        path, dim, own = members[0]
-        width = int(np.prod([factor.size for factor in dim]))
-        groups.append(Group(classes_, tuple(item[0] for item in members), width, max(1, width // len(own))))
+    for value, indices in members.items():
+        path, classes, counts = made[indices[0]]
+        width = int(counts[total[classes] == value].sum())
+        layers = tuple(dict.fromkeys(made[index][0] for index in indices))
+        groups.append(Group(own[value], layers, width, max(1, width // len(own[value]))))
     return groups
+
+
+def _counted(dim: Dim, solution: Solution) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Removable classes of a dimension, ascending, and how many of its indices each stands for."""
+    size = int(np.prod([factor.size for factor in dim]))
+    labels = [solution.class_of[block.labels.reshape(-1)] for block in blocks(dim)]
+    if not labels:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    shares = np.concatenate([np.full(len(own), size // max(len(own), 1)) for own in labels])
+    found, place = np.unique(np.concatenate(labels), return_inverse=True)
+    counts = np.bincount(place, shares, minlength=len(found)).astype(np.int64)
+    free = solution.removable[found]
+    return found[free], counts[free]
 
 
 def importance(

@@ -38,7 +38,7 @@ class Account:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.kept: Kept = {}
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[tuple[str, ...], _Entry] = {}  # by the layers of the group
         self._told: set[str] = set()
         self._proofs: list[Proof] = []
         self.refits: Sequence[Any] = ()  # of layers whose weights were fitted anew, see `reconstruct`
@@ -49,7 +49,7 @@ class Account:
 
     def original_width(self, group: Group) -> int:
         """Channels of the group before the first step."""
-        entry = self._entries.get(group.layers[0])
+        entry = self._entries.get(group.layers)
         return entry.before if entry is not None else group.width
 
     def add(self, plan: Plan, groups: Sequence[Group], removal: Removal, kept: Kept, proof: Proof | None) -> None:
@@ -69,14 +69,14 @@ class Account:
             group_of[group.classes] = number
             removed = int(gone[group.classes].sum())
             if removed:
-                entry = self._entries.setdefault(group.layers[0], _Entry(group.layers, group.width, group.width))
+                entry = self._entries.setdefault(group.layers, _Entry(group.layers, group.width, group.width))
                 entry.after = group.width - removed * group.multiplicity
         for path in kept:
             if path not in self._told:
                 number = self._group_of_weight(plan, path, removal, group_of)
                 if number >= 0:
                     self._told.add(path)
-                    self._entries[groups[number].layers[0]].weights.append(path)
+                    self._entries[groups[number].layers].weights.append(path)
 
     def _widths(self, entry: _Entry) -> dict[str, list[int]]:
         """Channels that each layer of a group made before and makes now."""

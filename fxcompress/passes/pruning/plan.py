@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import fx
 
-from fxcompress.analysis.dependency.build import build
 from fxcompress.analysis.dependency.builder import Builder, Site
 from fxcompress.analysis.dependency.groups import Group, find_groups
 from fxcompress.analysis.dependency.labels import Solution
 from fxcompress.analysis.dependency.layout import blocks
+from fxcompress.analysis.dependency.settle import settle
 from fxcompress.passes.base import Skip
 
 __all__ = ["Attention", "Plan", "make_plan", "tensor_at"]
@@ -113,25 +113,7 @@ def make_plan(graph_module: fx.GraphModule, attention: Attention = "auto") -> Pl
     indices are finer, and the other if that one turns out to be pinned; ``heads`` and ``head_size`` ask for theirs
     first, wherever the view feeds a product of activations.
     """
-    builder = build(graph_module)
-    solution = builder.labels.solve()
-    choices = _asked_for(builder, attention)
-    tried: dict[str, set[int]] = {name: {builder.sites[name].live} for name in builder.sites if name not in choices}
-    fresh = bool(choices)
-    for _ in range(4):
-        if fresh:
-            builder = build(graph_module, choices)
-            solution = builder.labels.solve()
-        fresh = False
-        for name, site in builder.sites.items():
-            tried.setdefault(name, set()).add(site.live)
-            if not solution.removable[solution.class_of[site.labels]].any():
-                order = sorted(range(len(site.sizes)), key=lambda side: -site.sizes[side])
-                left = [side for side in order if side not in tried[name] and site.sizes[side] > 1]
-                if left:
-                    choices[name], fresh = left[0], True
-        if not fresh:
-            break
+    builder, solution = settle(graph_module, lambda first: _asked_for(first, attention))
     groups = tuple(find_groups(builder, solution))
     weights = {path: tensor_at(graph_module, path) for path in builder.weights}
     return Plan(builder, solution, groups, weights)

@@ -256,3 +256,22 @@ def test_compile_reports_widths(model, tmp_path):
     page = compiled.report.save(tmp_path / "report.html").read_text()
     assert "width of" in page and "32 → 16" in page
     assert fxc.reporting.Report.from_dict(compiled.report.to_dict()).passes[0].widths == item.widths
+
+
+def test_halves_of_a_layer_that_go_different_ways_lose_their_share_each():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.long = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 32, 1)
+            self.a, self.b, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(32, 4, 1)
+
+        def forward(self, x):
+            left, right = self.stem(x).chunk(2, 1)
+            both = torch.cat([left + self.a(left), right + self.b(right), left, right], 1)
+            return self.head(self.long(x) + both)
+
+    x = torch.randn(2, 3, 4, 4)
+    result = PruneChannels(ratio=0.5).run(capture(Halves().eval(), (x,)), PassContext(example_inputs=[x]))
+    found = widths(result)
+    assert found == {"stem": [16, 8], "long": [32, 16], "a": [8, 4], "b": [8, 4]}
+    assert all(item.detail["after"] * 2 == item.detail["before"] for item in result.rewrites)
