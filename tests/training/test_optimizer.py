@@ -43,7 +43,7 @@ def test_state_is_cut_as_the_weights_were(kind):
     compiled = fxc.compile(model.eval(), [fxc.passes.PruneChannels(ratio=0.5)], (X,))
     rewrites = compiled.report.passes[0].rewrites
     pruned = prune_optimizer(optimizer, model, compiled.module, rewrites)
-    assert type(pruned) is type(optimizer) and [g["lr"] for g in pruned.param_groups][0] == 0.02
+    assert type(pruned) is type(optimizer) and pruned.param_groups[0]["lr"] == 0.02
     kept = kept_channels(rewrites)["0.weight"][0]
     weight, old = compiled.module.get_submodule("0").weight, model[0].weight
     for key, value in pruned.state[weight].items():
