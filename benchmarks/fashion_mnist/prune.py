@@ -114,9 +114,7 @@ def _theirs(model: nn.Module, budget: int, setting: Setting, method: Method) -> 
         return pruned
 
     low, high = 0.0, 0.99
-    best = at(high)
-    if macs(best) > budget:  # it leaves a layer whole where rounding would leave nothing of it
-        raise LookupError(f"no ratio below 1 leaves {budget:,} multiply-accumulates or fewer")
+    best: nn.Module | None = None
     while high - low > 1e-3:
         middle = (low + high) / 2
         pruned = at(middle)
@@ -124,6 +122,8 @@ def _theirs(model: nn.Module, budget: int, setting: Setting, method: Method) -> 
             high, best = middle, pruned
         else:
             low = middle
+    if best is None:  # near 1 it leaves layers whole of which nothing would remain
+        raise LookupError(f"no ratio leaves {budget:,} multiply-accumulates or fewer")
     return best
 
 
