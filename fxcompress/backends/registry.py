@@ -96,11 +96,10 @@ def load_engine(path: str | Path, **options: Any) -> Engine:
     try:
         backend = backend_class(name)
     except OptionError as error:
-        extra = f"pip install 'fxcompress[{_EXTRAS[name]}]'; " if name in _EXTRAS else ""
         raise BackendError(
             f"this bundle needs backend {name!r}, which is not installed here",
             where=str(directory),
-            remedy=f"{extra}{error.remedy}",
+            remedy=error.remedy,
         ) from error
     try:
         backend.from_manifest(manifest, {})

@@ -109,16 +109,6 @@ def test_load_engine_of_an_unknown_backend(relu_bundle: Path) -> None:
     assert "did you mean 'onnx" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "openvino"])
-def test_load_engine_names_the_extra(relu_bundle: Path, name: str) -> None:
-    if name in backend_names():
-        pytest.skip(f"{name} is a backend by now")
-    edit(relu_bundle, backend=name)
-    with pytest.raises(BackendError, match="not installed here") as caught:
-        load_engine(relu_bundle)
-    assert f"fxcompress[{name}]" in str(caught.value)
-
-
 def test_load_engine_of_a_graph(relu_bundle: Path) -> None:
     edit(relu_bundle, kind="graph", backend=None)
     with pytest.raises(BundleError, match="does not hold an engine") as caught:
