@@ -56,6 +56,6 @@ $(RUNTIME): $(PINS)
 
 $(TOOLS): $(RUNTIME)
 	@echo "Installing the development tools into $(VENV); the next run skips this."
-	@$(INSTALL) --no-build-isolation --editable '.[bench,dev,openvino,report,tensorrt]'
+	@$(INSTALL) --no-build-isolation --editable '.[bench,dev,openvino,report,tensorrt,train]'
 	@$(INSTALL) --no-deps --upgrade --target $(VENV)/stubs tensorrt-stubs  # types only; not importable
 	@touch $@

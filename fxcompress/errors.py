@@ -18,6 +18,7 @@ __all__ = [
     "OptionError",
     "PassError",
     "PreconditionError",
+    "TrainingError",
     "VerificationError",
     "nearest",
 ]
@@ -65,6 +66,10 @@ class GraphError(FxCompressError):
 
 class PassError(FxCompressError):
     """A pass failed; the graph it was given is discarded and the user's model is as before."""
+
+
+class TrainingError(FxCompressError):
+    """Training went wrong: the loss or a weight is not finite. Names the step and the last good checkpoint."""
 
 
 class VerificationError(FxCompressError):

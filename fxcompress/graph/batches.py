@@ -14,7 +14,7 @@ from fxcompress.errors import PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import flat_inputs
 
-__all__ = ["Batch", "batches"]
+__all__ = ["Batch", "as_batch", "batches"]
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,32 @@ def batches(
         if limit is not None and number >= limit:
             break
         count += 1
-        where = f"batch {number} of the data"
-        args, kwargs, rest = _parted(graph_module, given, where)
-        try:
-            leaves = flat_inputs(graph_module, args, kwargs)
-        except PreconditionError as error:
-            raise PreconditionError(error.problem, where=where, remedy=error.remedy) from error
-        _check(graph_module, leaves, where)
-        if device is not None:
-            leaves, rest = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), (leaves, rest))
-        yield Batch(leaves, rest, given)
+        yield as_batch(graph_module, given, f"batch {number} of the data", device=device)
     if not count:
         raise PreconditionError(
             "the data holds no batch",
             where="calibration data",
             remedy="give a list or a DataLoader; a generator that was read once is empty",
         )
+
+
+def as_batch(
+    graph_module: fx.GraphModule, given: Any, where: str = "batch", *, device: torch.device | str | None = None
+) -> Batch:
+    """One batch as a call of the graph; forms and ``device`` as in :func:`batches`.
+
+    Raises:
+        PreconditionError: it does not fit; says so at ``where``.
+    """
+    if device is not None:
+        given = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), given)
+    args, kwargs, rest = _parted(graph_module, given, where)
+    try:
+        leaves = flat_inputs(graph_module, args, kwargs)
+    except PreconditionError as error:
+        raise PreconditionError(error.problem, where=where, remedy=error.remedy) from error
+    _check(graph_module, leaves, where)
+    return Batch(leaves, rest, given)
 
 
 def _iterate(data: Iterable[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_precision import ConvertPrecision
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
+from fxcompress.passes.fine_tune import FineTune
 from fxcompress.passes.fuse_modules import FuseModules
 from fxcompress.passes.insert_quant_stubs import InsertQuantStubs
 from fxcompress.passes.manager import PassManager, PassRecord
@@ -19,6 +20,7 @@ __all__ = [
     "ConvertPrecision",
     "FactorizeConv",
     "FactorizeLinear",
+    "FineTune",
     "FuseModules",
     "InsertQuantStubs",
     "Numerics",

@@ -13,7 +13,14 @@ import torch
 from torch import fx
 
 from fxcompress.analysis.cost import Cost, cost
-from fxcompress.errors import FxCompressError, GraphError, PassError, PreconditionError, VerificationError
+from fxcompress.errors import (
+    FxCompressError,
+    GraphError,
+    PassError,
+    PreconditionError,
+    TrainingError,
+    VerificationError,
+)
 from fxcompress.graph.casting import cast_graph, cast_leaves
 from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.printer import format_graph
@@ -180,7 +187,7 @@ def _run(pass_: Pass, graph_module: fx.GraphModule, context: PassContext) -> Pas
             raise GraphError(f"run() returned a {type(result).__name__}", remedy="return a PassResult")
         verify(result.graph_module)
         return result
-    except PreconditionError:
+    except (PreconditionError, TrainingError):
         raise
     except Exception as error:
         problem = error.problem if isinstance(error, FxCompressError) else f"{type(error).__name__}: {error}"

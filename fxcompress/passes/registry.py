@@ -19,6 +19,7 @@ _BUILT_IN = {
     "convert_precision": "fxcompress.passes.convert_precision:ConvertPrecision",
     "factorize_conv": "fxcompress.passes.factorize_conv:FactorizeConv",
     "factorize_linear": "fxcompress.passes.factorize_linear:FactorizeLinear",
+    "fine_tune": "fxcompress.passes.fine_tune:FineTune",
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
     "insert_quant_stubs": "fxcompress.passes.insert_quant_stubs:InsertQuantStubs",
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",

@@ -1,0 +1,87 @@
+"""The optimizer of a run: which parameters train, in which groups, by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxcompress.errors import OptionError, PreconditionError, nearest
+from fxcompress.training.hooks import ParameterGroup
+from fxcompress.training.options import TrainingOptions
+from fxcompress.training.schedules import Schedule
+
+__all__ = ["make_optimizer", "set_rates"]
+
+
+def make_optimizer(
+    graph_module: fx.GraphModule, objective: nn.Module, options: TrainingOptions, own: Iterable[ParameterGroup]
+) -> torch.optim.Optimizer:
+    """Groups: what decays, what does not (norms, biases, scalars), the groups of hooks. Frozen parameters stay out.
+
+    Raises:
+        PreconditionError: nothing trains, or a weight is float16, whose updates would be lost.
+        OptionError: a group names a parameter that is not there.
+    """
+    named = dict(graph_module.named_parameters())
+    groups: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    for group in own:
+        for name in group.names:
+            if name not in named:
+                raise OptionError(f"there is no parameter {name!r}", where="groups", remedy=nearest(name, named))
+        taken.update(group.names)
+        groups.append(_group([named[name] for name in group.names], group.lr, group.weight_decay))
+    rest = {name: p for name, p in named.items() if name not in taken and p.requires_grad and p.is_floating_point()}
+    halves = [name for name, parameter in rest.items() if parameter.dtype == torch.float16]
+    if halves:
+        raise PreconditionError(
+            f"{len(halves)} weights are float16, in which small updates are lost",
+            where=halves[0],
+            remedy="train before ConvertPrecision; precision='float16' computes in half with weights in float32",
+        )
+    rest |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
+    matrices = [parameter for parameter in rest.values() if parameter.dim() > 1]
+    vectors = [parameter for parameter in rest.values() if parameter.dim() <= 1]
+    groups = [_group(matrices, options.lr, options.weight_decay), _group(vectors, options.lr, 0.0), *groups]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise PreconditionError(
+            "nothing trains: the graph has no parameter of floating-point numbers that requires a gradient",
+            where="parameters",
+            remedy="call model.requires_grad_() before compile(), and train before passes that make integers",
+        )
+    return _made(groups, options)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: Schedule, step: int) -> float:
+    """Give every group its learning rate for a step; returns that of the first."""
+    share = factor(step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * share
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+
+
+def _made(groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "sgd":
+        nesterov = options.momentum > 0
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=nesterov)
+    if options.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=options.lr)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr)
+    assert callable(options.optimizer)
+    made = options.optimizer(groups)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise OptionError(
+            f"the optimizer function returned a {type(made).__name__}", where="optimizer", remedy="return an Optimizer"
+        )
+    for group in made.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return made
