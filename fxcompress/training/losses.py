@@ -44,7 +44,7 @@ def loss_of(loss: str | Loss, outputs: Any, batch: Batch) -> torch.Tensor:
     if loss == "auto":
         if not has_class_labels(output, labels):
             raise PreconditionError(
-                f"outputs {list(output.shape)} and labels {labels.dtype} {list(labels.shape)} do not say what the loss is",
+                f"outputs {list(output.shape)} and labels {labels.dtype} {list(labels.shape)} do not tell the loss",
                 where="loss",
                 remedy=f"name one of {', '.join(LOSSES)}, or give a function (outputs, batch) -> scalar",
             )

@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step alone: nothing to save, and a resumed run has the rates it would have had."""
+"""Learning rates as a function of the step alone: nothing to save, and a resumed run has the rates it would have."""
 
 from __future__ import annotations
 
