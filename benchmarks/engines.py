@@ -1,10 +1,12 @@
-"""Which engines compute what PyTorch does? Every model of the zoo, lowered by every backend and compared.
+"""Which engines compute what PyTorch does, and which does TensorRT build? Every model of the zoo, by every backend.
 
 Each model is captured once, with a dynamic batch, and lowered by each backend to a bundle, which is loaded again from
-disk and held against eager PyTorch at two batch sizes.
+disk and held against eager PyTorch at two batch sizes. A TensorRT engine is built, for GPUs that need not be there, and
+not run; what it is made of is the ONNX file that ONNX Runtime ran. Images are as small as the model lets them be.
 
     python -m benchmarks.engines --model resnet18 --model swin_t
     python -m benchmarks.engines --jobs 1 --timeout 900 --resume   # a crash loses one model; go on where it ended
+    python -m benchmarks.engines --passes 'quantize(...)' --backend tensorrt --json somewhere.json
 
 The table goes to `benchmarks/results/` after every model.
 """
@@ -12,11 +14,15 @@ The table goes to `benchmarks/results/` after every model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +35,21 @@ from benchmarks import _results, coverage, zoo
 from benchmarks.coverage import Row
 from benchmarks.zoo import ZooModel, call
 
-BACKENDS = ("onnxruntime", "openvino", "torchscript", "torch_export")
+BACKENDS = ("onnxruntime", "openvino", "torchscript", "tensorrt", "torch_export")
+USUAL = BACKENDS[:-1]  # torch_export writes the graph as it is: it costs much time here and was never off
+CAPABILITIES = ("sm86", "sm89")
+SIDE = 128  # of images, where the model takes any
 TOLERANCE = 1e-4
 SUITES = (*zoo.SUITES, "segmentation")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done to each model: the backends, seconds for one model (0: no limit), threads of torch."""
+    """What is done to each model: passes, backends, seconds for one model (0: no limit), threads of torch."""
 
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] = USUAL
+    passes: tuple[str, ...] = ()
+    side: int = SIDE
     timeout: float = 0
     threads: int = 1
 
@@ -54,33 +65,97 @@ def _check(
     import fxcompress as fxc
 
     with stage("eager"), torch.no_grad():
-        model = entry.build()
-        inputs = {batch: entry.inputs(batch) for batch in zoo.BATCHES}
-        expected = {batch: zoo.tensors_of(call(model, inputs[batch])) for batch in zoo.BATCHES}
+        model, inputs, expected = _eager(entry, settings.side)
     if failures:
         return
     row["parameters_m"] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    row["input"] = "x".join(map(str, zoo.tensors_of(inputs[zoo.BATCHES[0]])[0].shape[1:]))
     with stage("capture"):
         started = time.perf_counter()
-        compiled = fxc.compile(model, example_inputs=inputs[zoo.BATCHES[0]], verify=False, progress=False)
+        compiled = fxc.compile(model, list(settings.passes), inputs[zoo.BATCHES[0]], verify=False, progress=False)
         row["capture_s"] = round(time.perf_counter() - started, 2)
+        if settings.passes:
+            expected = {batch: zoo.tensors_of(call(compiled, inputs[batch])) for batch in zoo.BATCHES}
     if failures:
         return
-    for name in settings.backends:
-        with stage(name), tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder) / "bundle"
+    with tempfile.TemporaryDirectory() as folder, _translated_once(Path(folder) / "onnx", row):
+        for name in settings.backends:
+            with stage(name):
+                bundle = Path(folder) / name
+                earlier, started = row.get("onnx_s", 0.0), time.perf_counter()
+                backend = fxc.backends.TensorRT(compute_capabilities=CAPABILITIES) if name == "tensorrt" else name
+                engine = compiled.export(backend, bundle, verify=False)
+                translated = row.get("onnx_s", 0.0) - earlier
+                row[f"{name}_s"] = round(time.perf_counter() - started - translated, 2)
+                row[f"{name}_mb"] = round(sum(file.stat().st_size for file in bundle.iterdir()) / 1e6, 2)
+                if name == "tensorrt":
+                    row["tensorrt_layers"] = engine.manifest.measurements["tensorrt"]["layers"]
+                engine.close()
+                if name != "tensorrt":
+                    _compare(bundle, name, inputs, expected, row)
+                shutil.rmtree(bundle)
+
+
+def _eager(entry: ZooModel, side: int) -> tuple[Any, dict[int, Any], dict[int, list[torch.Tensor]]]:
+    """The model, its inputs and its outputs, by batch size; with small images if the model takes them."""
+    small = zoo.smaller(entry, side)
+    for chosen in (small, entry):
+        try:
+            model = chosen.build()
+            inputs = {batch: chosen.inputs(batch) for batch in zoo.BATCHES}
+            return model, inputs, {batch: zoo.tensors_of(call(model, inputs[batch])) for batch in zoo.BATCHES}
+        except Exception:
+            if chosen is entry:
+                raise
+    raise AssertionError
+
+
+def _compare(
+    bundle: Path, name: str, inputs: dict[int, Any], expected: dict[int, list[torch.Tensor]], row: Row
+) -> None:
+    import fxcompress as fxc
+
+    with fxc.load_engine(bundle) as engine:
+        for batch in zoo.BATCHES:
+            actual = zoo.tensors_of(call(engine, inputs[batch]))
+            # Known before it is judged, so that the table has it where it is too large.
+            error = coverage.compare(expected[batch], actual, float("inf"))
+            row[f"{name}_error"] = max(row.get(f"{name}_error", 0.0), error)
+    if not row[f"{name}_error"] <= TOLERANCE:
+        raise coverage.Failure(f"differs from PyTorch by {row[f'{name}_error']:.1e}, more than {TOLERANCE:.0e}")
+
+
+@contextmanager
+def _translated_once(place: Path, row: Row) -> Iterator[None]:
+    """Write the ONNX file once, which is the slow part and the same for all that take it; the others get copies.
+
+    The seconds that it took go into the row as `onnx_s`.
+    """
+    from fxcompress.backends import onnx_export
+
+    write = onnx_export.write_onnx
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def once(graph_module: Any, path: Path, *, progress: Any = None, **options: Any) -> Any:
+        key = (id(graph_module), repr(sorted(options.items())))
+        if key not in known:
             started = time.perf_counter()
-            compiled.export(name, bundle, verify=False).close()
-            row[f"{name}_s"] = round(time.perf_counter() - started, 2)
-            row[f"{name}_mb"] = round(sum(file.stat().st_size for file in bundle.iterdir()) / 1e6, 2)
-            with fxc.load_engine(bundle) as engine:
-                for batch in zoo.BATCHES:
-                    actual = zoo.tensors_of(call(engine, inputs[batch]))
-                    # Known before it is judged, so that the table has it where it is too large.
-                    error = coverage.compare(expected[batch], actual, float("inf"))
-                    row[f"{name}_error"] = max(row.get(f"{name}_error", 0.0), error)
-            if not row[f"{name}_error"] <= TOLERANCE:
-                raise coverage.Failure(f"differs from PyTorch by {row[f'{name}_error']:.1e}, more than {TOLERANCE:.0e}")
+            kept = place / str(len(known))
+            kept.mkdir(parents=True)
+            written = write(graph_module, kept / path.name, progress=progress, **options)
+            known[key] = graph_module, written  # the graph lives on, so that its id stays its own
+            row["onnx_s"] = round(row.get("onnx_s", 0.0) + time.perf_counter() - started, 2)
+        file = known[key][1]
+        for source in filter(None, (file.path, file.weights)):
+            shutil.copyfile(source, path.with_name(source.name))
+        weights = file.weights and path.with_name(file.weights.name)
+        return dataclasses.replace(file, path=path, weights=weights)
+
+    onnx_export.write_onnx = once
+    try:
+        yield
+    finally:
+        onnx_export.write_onnx = write
 
 
 def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
@@ -89,16 +164,24 @@ def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
     for name in settings.backends:
         for suite in SUITES:
             found = [row for row in rows if row["suite"] == suite]
-            agree = sum(row.get(f"{name}_error", float("inf")) <= TOLERANCE for row in found)
-            if found:
+            if found and name == "tensorrt":
+                built = sum("tensorrt_mb" in row for row in found)
+                summary[f"{name}, {suite}"] = f"{built} of {len(found)} built ({100 * built / len(found):.1f}%)"
+            elif found:
+                agree = sum(row.get(f"{name}_error", float("inf")) <= TOLERANCE for row in found)
                 summary[f"{name}, {suite}"] = f"{agree} of {len(found)} agree"
         errors = [row[f"{name}_error"] for row in rows if f"{name}_error" in row]
         seconds = sorted(row[f"{name}_s"] for row in rows if f"{name}_s" in row)
         if errors:
             summary[f"{name}, largest error"] = max(errors)
+        if seconds:
             summary[f"{name}, median seconds to build"] = seconds[len(seconds) // 2]
-    columns = ["model", "suite", "ok", "parameters_m", "capture_s"]
-    columns += [f"{name}_{figure}" for name in settings.backends for figure in ("error", "s", "mb")] + ["failure"]
+    columns = ["model", "suite", "ok", "parameters_m", "input", "capture_s", "onnx_s"]
+    for name in settings.backends:
+        columns += [f"{name}_{figure}" for figure in ("error", "s", "mb") if (name, figure) != ("tensorrt", "error")]
+    columns.append("failure")
+    facts = _results.machine_facts(settings.threads)
+    facts |= {name: metadata.version(name) for name in ("openvino", "tensorrt-rtx")}
     _results.write(
         path,
         title="Engines against PyTorch",
@@ -107,10 +190,14 @@ def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
         summary=summary,
         notes=[
             f"Largest max|a-b|/max|a| of any output against eager at batch {' and '.join(map(str, zoo.BATCHES))}, "
-            f"{TOLERANCE:.0e} is allowed; seconds to lower and open the engine after capture, and megabytes of the "
-            "bundle. Random weights, every layer enlivened (benchmarks/zoo.py)."
+            f"{TOLERANCE:.0e} is allowed. `onnx_s`: seconds to translate the captured graph to ONNX, once for all "
+            "that take it; `_s`: to lower and open the engine beside that; `_mb`: of the bundle. Random weights, every "
+            f"layer enlivened (benchmarks/zoo.py); images of {settings.side} pixels where the model takes them. "
+            f"TensorRT: one engine for {' and '.join(CAPABILITIES)} with a dynamic batch, built without a GPU and not "
+            "run.",
+            *([f"After {', '.join(settings.passes)}; against the rewritten graph."] if settings.passes else []),
         ],
-        facts=_results.machine_facts(settings.threads),
+        facts=facts,
     )
 
 
@@ -119,19 +206,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, action="append", help="may be repeated; default: all")
     parser.add_argument("--model", action="append", help="only models of this name")
-    parser.add_argument("--backend", choices=BACKENDS, action="append", help="may be repeated; default: all")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, action="append", help="may be repeated; default: all but the last"
+    )
+    parser.add_argument("--passes", action="append", default=[], help="passes before, as strings")
+    parser.add_argument("--side", type=int, default=SIDE, help="of images, where the model takes any")
     parser.add_argument("--jobs", type=int, default=0, help="worker processes; 0: all in this process")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch in each process")
     parser.add_argument("--timeout", type=float, default=0, help="seconds for one model; 0: no limit")
     parser.add_argument("--json", type=Path, default=_results.RESULTS / "engines.json", help="results file")
-    parser.add_argument("--resume", action="store_true", help="leave out models that are recorded as passing")
+    parser.add_argument("--resume", action="store_true", help="leave out models that are recorded")
     options = parser.parse_args(arguments)
-    settings = Settings(tuple(options.backend or BACKENDS), options.timeout, options.threads)
+    settings = Settings(
+        tuple(options.backend or USUAL), tuple(options.passes), options.side, options.timeout, options.threads
+    )
     entries = [e for suite in options.suite or SUITES for e in zoo.models(suite)]
     entries = [e for e in entries if not options.model or e.name in options.model or e.key in options.model]
     known = {f"{row['suite']}:{row['model']}": row for row in _results.read_rows(options.json)}
     if options.resume:
-        entries = [entry for entry in entries if not known.get(entry.key, {}).get("ok")]
+        entries = [entry for entry in entries if entry.key not in known]
     run: Any = (
         coverage.run_pool(entries, settings, options.jobs, check)  # type: ignore[arg-type]
         if options.jobs

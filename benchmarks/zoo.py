@@ -120,6 +120,17 @@ def _entry(suite: str, name: str, build: Callable[[], nn.Module], inputs: Callab
     return ZooModel(name=name, suite=suite, build=partial(seeded, build, inputs, name), inputs=inputs)
 
 
+def smaller(entry: ZooModel, side: int) -> ZooModel:
+    """The model with images of `side` pixels where its own are larger; not every model takes them."""
+    build, inputs = entry.build, entry.inputs
+    if not (isinstance(build, partial) and isinstance(inputs, partial) and inputs.func is images):
+        return entry
+    channels, *sides = inputs.args[0]
+    if max(sides) <= side:
+        return entry
+    return _entry(entry.suite, entry.name, build.args[0], partial(images, (channels, side, side)))
+
+
 @lru_cache(maxsize=1)
 def prepare_torchvision() -> torch.library.Library | None:
     """Make `import torchvision` work beside a torch of another build.

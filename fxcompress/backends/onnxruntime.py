@@ -13,17 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import fx
 
-from fxcompress.backends.base import Backend, BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
+from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
 from fxcompress.backends.tensors import Array, numpy_dtype
-from fxcompress.errors import BackendError, OptionError, nearest
+from fxcompress.errors import BackendError, nearest
 
 __all__ = ["MODEL_FILE", "OnnxRuntime", "OnnxRuntimeEngine"]
-
-MODEL_FILE = "model.onnx"
 
 OptimizationLevel = Literal["all", "extended", "basic", "disabled"]
 _LEVELS = {
@@ -32,13 +29,12 @@ _LEVELS = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-_LEAST_OPSET = 18  # of torch.onnx.export(dynamo=True)
 _ERRORS_ONLY = 3
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they differ from torch's
 
 
 @dataclass(frozen=True)
-class OnnxRuntime(Backend):
+class OnnxRuntime(OnnxBackend):
     """Lower to ONNX and run with ONNX Runtime.
 
     Attributes:
@@ -59,37 +55,20 @@ class OnnxRuntime(Backend):
     threads: int | None = None
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     optimization_level: OptimizationLevel = "all"
-    opset: int | None = None
-    simplify: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.providers, list):
             object.__setattr__(self, "providers", tuple(self.providers))
-        _require(self.threads is None or _whole(self.threads, 1), "threads", self.threads, "give 1 or more, or None")
+        super().__post_init__()
+        fits = self.threads is None or whole(self.threads, 1)
+        self._require(fits, "threads", self.threads, "give 1 or more, or None")
         known = onnxruntime.get_all_providers()
-        _require(isinstance(self.providers, tuple) and bool(self.providers), "providers", self.providers, "name one")
+        named = isinstance(self.providers, tuple) and bool(self.providers)
+        self._require(named, "providers", self.providers, "name one")
         for provider in self.providers:
-            _require(provider in known, "providers", provider, nearest(str(provider), known))
+            self._require(provider in known, "providers", provider, nearest(str(provider), known))
         level = self.optimization_level
-        _require(level in get_args(OptimizationLevel), "optimization_level", level, nearest(str(level), _LEVELS))
-        newest = onnx.defs.onnx_opset_version()
-        fits = self.opset is None or (_whole(self.opset, _LEAST_OPSET) and self.opset <= newest)
-        _require(fits, "opset", self.opset, f"give {_LEAST_OPSET} to {newest}, or None")
-        _require(isinstance(self.simplify, bool), "simplify", self.simplify, "give True or False")
-
-    def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
-        # Loading an engine shall not need the exporter, so it is imported where a graph is lowered.
-        from fxcompress.backends.onnx_export import write_onnx
-
-        write_onnx(
-            graph_module,
-            directory / MODEL_FILE,
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
-            opset=self.opset,
-            simplify=self.simplify,
-            progress=context.progress,
-        )
+        self._require(level in get_args(OptimizationLevel), "optimization_level", level, nearest(str(level), _LEVELS))
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OnnxRuntimeEngine:
@@ -192,7 +171,7 @@ class OnnxRuntimeEngine(Engine):
                 )
             for item in found:
                 spec, dtype = told[item.name], item.type.removeprefix("tensor(").removesuffix(")")
-                if _DTYPES.get(dtype, dtype) != spec.dtype or not _shapes_agree(item.shape, spec.shape):
+                if _DTYPES.get(dtype, dtype) != spec.dtype or not shapes_agree(item.shape, spec.shape):
                     raise BackendError(
                         f"the model's {what} {item.name!r} is {dtype}{item.shape}, the manifest's {spec}",
                         where=where,
@@ -229,12 +208,6 @@ def _open(model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions
     return session
 
 
-def _shapes_agree(model: Sequence[int | str | None], manifest: Sequence[int | str]) -> bool:
-    """Same rank, and every size that is fixed in the model is the same in the manifest."""
-    pairs = zip(model, manifest, strict=False)
-    return len(model) == len(manifest) and all(not isinstance(a, int) or a == b for a, b in pairs)
-
-
 def _ort_value(value: Array) -> onnxruntime.OrtValue:
     if isinstance(value, torch.Tensor):
         return onnxruntime.OrtValue.from_dlpack(value.cpu().contiguous())
@@ -256,12 +229,3 @@ def _op_types(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(right: bool, option: str, value: Any, remedy: str) -> None:
-    if not right:
-        raise OptionError(f"option {option} is {value!r}", where=f"OnnxRuntime.{option}", remedy=remedy)

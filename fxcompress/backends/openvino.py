@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -17,16 +16,15 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.backends.base import Backend, BuildContext, Signature
+from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
+from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
 from fxcompress.backends.signature import dtype_name
 from fxcompress.backends.tensors import Array, numpy_dtype
-from fxcompress.errors import BackendError, OptionError, PreconditionError, nearest
+from fxcompress.errors import BackendError, PreconditionError, nearest
 
 __all__ = ["MODEL_FILE", "OpenVINO", "OpenVINOEngine"]
-
-MODEL_FILE = "model.onnx"
 
 Mode = Literal["latency", "throughput"]
 Precision = Literal["f32", "bf16", "f16"]
@@ -41,7 +39,7 @@ _INT32 = np.iinfo(np.int32)
 
 
 @dataclass(frozen=True)
-class OpenVINO(Backend):
+class OpenVINO(OnnxBackend):
     """Lower to ONNX and run with OpenVINO.
 
     Attributes:
@@ -65,17 +63,16 @@ class OpenVINO(Backend):
     mode: Mode = "latency"
     precision: Precision = "f32"
     device: str = "CPU"
-    opset: int | None = None
-    simplify: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.threads is None or _whole(self.threads), "threads", self.threads, "give 1 or more, or None")
-        _require(self.mode in get_args(Mode), "mode", self.mode, nearest(str(self.mode), get_args(Mode)))
+        super().__post_init__()
+        fits = self.threads is None or whole(self.threads, 1)
+        self._require(fits, "threads", self.threads, "give 1 or more, or None")
+        self._require(self.mode in get_args(Mode), "mode", self.mode, nearest(str(self.mode), get_args(Mode)))
         known = get_args(Precision)
-        _require(self.precision in known, "precision", self.precision, nearest(str(self.precision), known))
-        _require(isinstance(self.device, str) and bool(self.device), "device", self.device, "name one, such as 'CPU'")
-        _require(self.opset is None or _whole(self.opset), "opset", self.opset, "give a number, or None")
-        _require(isinstance(self.simplify, bool), "simplify", self.simplify, "give True or False")
+        self._require(self.precision in known, "precision", self.precision, nearest(str(self.precision), known))
+        named = isinstance(self.device, str) and bool(self.device)
+        self._require(named, "device", self.device, "name one, such as 'CPU'")
 
     @property
     def computes_in(self) -> torch.dtype | None:
@@ -84,17 +81,7 @@ class OpenVINO(Backend):
     def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
         _library()  # before the work, not after it
         _refuse_doubles(graph_module, signature)
-        from fxcompress.backends.onnx_export import write_onnx
-
-        write_onnx(
-            graph_module,
-            directory / MODEL_FILE,
-            input_names=[spec.name for spec in signature.inputs],
-            output_names=[spec.name for spec in signature.outputs],
-            opset=self.opset,
-            simplify=self.simplify,
-            progress=context.progress,
-        )
+        super().write(graph_module, directory, signature, context)
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OpenVINOEngine:
@@ -140,7 +127,7 @@ class OpenVINOEngine(Engine):
         # Integers of 64 bits are computed in 32: what does not fit is refused.
         self._narrowed = [index for index, spec in enumerate(manifest.inputs) if spec.dtype in ("int64", "uint64")]
 
-    def _execute(self, inputs: list[Array]) -> Sequence[Array]:
+    def _execute(self, inputs: list[Array]) -> list[Array]:
         request = getattr(self._requests, "own", None)
         if request is None:
             request = self._requests.own = self.compiled.create_infer_request()
@@ -220,7 +207,7 @@ class OpenVINOEngine(Engine):
                     continue
                 shape = [size.get_length() if size.is_static else None for size in ports[port].partial_shape]
                 dtype = ports[port].element_type.to_string()
-                if _NAMES.get(dtype) != spec.dtype or not _shapes_agree(shape, spec.shape):
+                if _NAMES.get(dtype) != spec.dtype or not shapes_agree(shape, spec.shape):
                     raise self._differs(f"the model's {what} {spec.name!r} is {dtype}{shape}, the manifest's {spec}")
                 found[spec.name] = port
             if what == "input" and len(set(found.values())) != len(ports):
@@ -296,24 +283,8 @@ def _dense(value: Array) -> Array:
     return np.array(value, order="C")
 
 
-def _shapes_agree(model: Sequence[int | None], manifest: Sequence[int | str]) -> bool:
-    """Same rank, and every size that is fixed in the model is the same in the manifest."""
-    return len(model) == len(manifest) and all(
-        size is None or size == told for size, told in zip(model, manifest, strict=False)
-    )
-
-
 def _reason(error: Exception) -> str:
     """OpenVINO tells first which of its source lines failed, and then what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Exception from src", "Check '"))]
     return (told or lines or [repr(error)])[0]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _require(right: bool, option: str, value: Any, remedy: str) -> None:
-    if not right:
-        raise OptionError(f"option {option} is {value!r}", where=f"OpenVINO.{option}", remedy=remedy)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import onnx
 import torch
 from torch import fx
 
-from fxcompress.backends.base import Backend, BuildContext, Signature
+from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend
 from fxcompress.backends.tensorrt_build import Settings, build_plan
 from fxcompress.backends.tensorrt_check import check_onnx
 from fxcompress.backends.tensorrt_device import (
@@ -25,7 +25,7 @@ from fxcompress.backends.tensorrt_device import (
     write_reference,
     write_scripts,
 )
-from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
+from fxcompress.backends.tensorrt_engine import FACTS_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
 from fxcompress.backends.tensorrt_onnx import lower_subscripts, node_names, refuse, verify_inside, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
@@ -40,7 +40,7 @@ _JETSONS = ("sm53", "sm62", "sm72", "sm87", "sm101", "sm110")
 
 
 @dataclass(frozen=True)
-class TensorRT(Backend):
+class TensorRT(OnnxBackend):
     """Lower to ONNX and build a TensorRT engine.
 
     With TensorRT for RTX (``pip install 'fxcompress[tensorrt]'``) the engine is built here, GPU or not, for the compute
@@ -92,37 +92,48 @@ class TensorRT(Backend):
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     keep_onnx: bool = False
-    opset: int | None = None
-    simplify: bool = True
 
     def __post_init__(self) -> None:
         for name in ("compute_capabilities", "profiles"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.profiles, tuple):  # a manifest has lists
-            object.__setattr__(self, "profiles", tuple(map(_profile, self.profiles)))
+            object.__setattr__(self, "profiles", tuple(map(self._profile, self.profiles)))
         check_types(self)
+        super().__post_init__()
         self._check_capabilities()
-        _require(
+        self._require(
             self.optimization_level is None or 0 <= self.optimization_level <= 5,
             "optimization_level",
             self.optimization_level,
             "give 0 to 5, or None",
         )
-        _require(
+        self._require(
             self.workspace_bytes is None or self.workspace_bytes > 0,
             "workspace_bytes",
             self.workspace_bytes,
             "give 1 or more, or None",
         )
-        newest = onnx.defs.onnx_opset_version()
-        _require(self.opset is None or 18 <= self.opset <= newest, "opset", self.opset, f"give 18 to {newest}, or None")
-        _require(
+        self._require(
             not (self.strip_plan and self.build_on == "device") and not (self.refit and self.build_on == "device"),
             "refit" if self.refit else "strip_plan",
             True,
             "leave it out with build_on='device': the model lies in the bundle as it is",
         )
+
+    def _profile(self, told: Any) -> Any:
+        if not isinstance(told, Mapping):
+            return told
+        made = {name: tuple(bounds) if isinstance(bounds, list) else bounds for name, bounds in told.items()}
+        for name, bounds in made.items():
+            right = isinstance(bounds, tuple) and len(bounds) == 3 and all(isinstance(size, int) for size in bounds)
+            self._require(
+                right and 1 <= bounds[0] <= bounds[1] <= bounds[2],
+                "profiles",
+                {name: bounds},
+                "give the least, the usual and the greatest size, in this order: {'batch': (1, 8, 32)}",
+            )
+        return made
 
     def _check_capabilities(self) -> None:
         told = self.compute_capabilities
@@ -132,22 +143,23 @@ class TensorRT(Backend):
             remedy = nearest(str(name), RTX_CAPABILITIES)
             if name in _JETSONS:
                 remedy = f"{name} is a Jetson, which builds its own engine: TensorRT(build_on='device')"
-            _require(name in RTX_CAPABILITIES, "compute_capabilities", name, remedy)
-        _require(bool(told), "compute_capabilities", told, "name one, or None")
-        _require(len(set(told)) == len(told), "compute_capabilities", told, "name each once")
-        _require(
+            self._require(name in RTX_CAPABILITIES, "compute_capabilities", name, remedy)
+        self._require(bool(told), "compute_capabilities", told, "name one, or None")
+        self._require(len(set(told)) == len(told), "compute_capabilities", told, "name each once")
+        self._require(
             self.build_on == "here", "compute_capabilities", told, "leave it out: the device builds for its own GPU"
         )
-        _require(self.library != "tensorrt", "compute_capabilities", told, "use TensorRT for RTX, or build_on='device'")
+        self._require(
+            self.library != "tensorrt", "compute_capabilities", told, "use TensorRT for RTX, or build_on='device'"
+        )
         refits = self.refit or self.strip_plan
-        _require(len(told) == 1 or not refits, "compute_capabilities", told, "refit and strip_plan take one at a time")
+        self._require(
+            len(told) == 1 or not refits, "compute_capabilities", told, "refit and strip_plan take one at a time"
+        )
 
     # -- building ----------------------------------------------------------------------------------------------
 
     def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
-        # Loading an engine shall not need the exporter, so it is imported where a graph is lowered.
-        from fxcompress.backends.onnx_export import write_onnx
-
         library = self._library()
         capabilities = self._capabilities(library)
         profiles = settle_profiles(signature.inputs, self.profiles, ranges_of(graph_module))
@@ -155,20 +167,12 @@ class TensorRT(Backend):
         with ExitStack() as stack:
             beside = on_device or self.keep_onnx or self.strip_plan
             place = directory if beside else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_onnx(
-                graph_module,
-                place / ONNX_FILE,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[spec.name for spec in signature.outputs],
-                opset=self.opset,
-                simplify=self.simplify,
-                progress=context.progress,
-            )
-            spread_block_weights(place / ONNX_FILE)
-            lower_subscripts(place / ONNX_FILE)
+            super().write(graph_module, place, signature, context)
+            spread_block_weights(place / MODEL_FILE)
+            lower_subscripts(place / MODEL_FILE)
             context.progress("check the ONNX file")
-            origins = Origins(graph_module, node_names(place / ONNX_FILE))
-            refuse(check_onnx(place / ONNX_FILE), origins)
+            origins = Origins(graph_module, node_names(place / MODEL_FILE))
+            refuse(check_onnx(place / MODEL_FILE), origins)
             inside = cover_examples(profiles, signature.inputs)
             if context.verify is not None and (on_device or not inside or not torch.cuda.is_available()):
                 context.progress("verify the ONNX file")
@@ -180,7 +184,7 @@ class TensorRT(Backend):
                 context.progress("parse with TensorRT" if on_device else "build with TensorRT")
                 plan = build_plan(
                     library,
-                    place / ONNX_FILE,
+                    place / MODEL_FILE,
                     None if on_device else directory / PLAN_FILE,
                     self._settings(capabilities),
                     profiles,
@@ -249,7 +253,7 @@ class TensorRT(Backend):
             portable = tuple(name for name in PORTABLE if name in known)
             return portable[:1] if self.refit or self.strip_plan else portable
         for name in self.compute_capabilities:
-            _require(
+            self._require(
                 name in known, "compute_capabilities", name, f"{library.name} {library.version}: {', '.join(known)}"
             )
         return self.compute_capabilities
@@ -259,29 +263,9 @@ class TensorRT(Backend):
         return Settings(**{**named, "compute_capabilities": capabilities})
 
 
-def _profile(told: Any) -> Any:
-    if not isinstance(told, Mapping):
-        return told
-    made = {name: tuple(bounds) if isinstance(bounds, list) else bounds for name, bounds in told.items()}
-    for name, bounds in made.items():
-        right = isinstance(bounds, tuple) and len(bounds) == 3 and all(isinstance(size, int) for size in bounds)
-        _require(
-            right and 1 <= bounds[0] <= bounds[1] <= bounds[2],
-            "profiles",
-            {name: bounds},
-            "give the least, the usual and the greatest size, in this order: {'batch': (1, 8, 32)}",
-        )
-    return made
-
-
 def _not_in_rtx(option: str) -> OptionError:
     return OptionError(
         f"TensorRT for RTX has no {option}",
         where=f"TensorRT.{option}",
         remedy="leave it out, or use library='tensorrt' or build_on='device'",
     )
-
-
-def _require(right: bool, option: str, value: Any, remedy: str) -> None:
-    if not right:
-        raise OptionError(f"option {option} is {value!r}", where=f"TensorRT.{option}", remedy=remedy)

@@ -12,6 +12,7 @@ import torch
 
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
+from fxcompress.backends.onnx_backend import MODEL_FILE
 from fxcompress.backends.tensorrt_library import Library, find_library
 from fxcompress.backends.tensors import Array, torch_dtype
 from fxcompress.errors import BackendError, BundleError, PreconditionError
@@ -19,9 +20,9 @@ from fxcompress.errors import BackendError, BundleError, PreconditionError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["FACTS_FILE", "ONNX_FILE", "PLAN_FILE", "Facts", "TensorRTEngine"]
+__all__ = ["FACTS_FILE", "PLAN_FILE", "Facts", "TensorRTEngine"]
 
-PLAN_FILE, ONNX_FILE, FACTS_FILE = "model.engine", "model.onnx", "tensorrt.json"
+PLAN_FILE, FACTS_FILE = "model.engine", "tensorrt.json"
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
@@ -159,7 +160,7 @@ class TensorRTEngine(Engine):
                     f"which {self.facts.library} {self.facts.version} built: {said or 'it says no more'}"
                 )
             if self.facts.stripped:
-                _refit(library, engine, path / ONNX_FILE)
+                _refit(library, engine, path / MODEL_FILE)
         self._engine = engine
         self._device = _current_device()
         self._bound = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}

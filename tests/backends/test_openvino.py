@@ -33,7 +33,7 @@ def built(model: nn.Module, inputs: Any, backend: OpenVINO, output: Path | None 
         ({"mode": "fast"}, "option mode is 'fast'", "latency, throughput"),
         ({"precision": "fp16"}, "option precision is 'fp16'", "did you mean 'f16'"),
         ({"device": ""}, "option device is ''", "name one"),
-        ({"opset": "x"}, "option opset is 'x'", "give a number"),
+        ({"opset": "x"}, "option opset is 'x'", "give 18 to"),
         ({"simplify": 1}, "option simplify is 1", "True or False"),
     ],
 )

@@ -18,8 +18,9 @@ from torch import nn
 import fxcompress as fxc
 from fxcompress.backends import tensorrt_library
 from fxcompress.backends.bundle import read_manifest
+from fxcompress.backends.onnx_backend import MODEL_FILE
 from fxcompress.backends.tensorrt import TensorRT
-from fxcompress.backends.tensorrt_engine import FACTS_FILE, ONNX_FILE, PLAN_FILE, TensorRTEngine
+from fxcompress.backends.tensorrt_engine import FACTS_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import LIBRARIES, PORTABLE, RTX_CAPABILITIES, find_library
 from fxcompress.errors import BackendError, BundleError, OptionError, VerificationError
 from tests.backends import fake_tensorrt
@@ -119,7 +120,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_engine_for_two_gpus_and_two_ranges(bundle: Path) -> None:
     manifest = read_manifest(bundle)
-    assert {PLAN_FILE, FACTS_FILE} <= set(manifest.files) and ONNX_FILE not in manifest.files
+    assert {PLAN_FILE, FACTS_FILE} <= set(manifest.files) and MODEL_FILE not in manifest.files
     assert "tensorrt-rtx" in manifest.versions
     measured = manifest.measurements["tensorrt"]
     assert measured["bytes"] == manifest.files[PLAN_FILE].bytes > 0
@@ -188,7 +189,7 @@ def test_every_gpu_from_ampere_on_by_default() -> None:
     assert set(RTX_CAPABILITIES) <= set(library.capabilities)
     with TensorRT(keep_onnx=True).build(captured(Net(), X), None, context()) as engine:
         assert engine.facts.compute_capabilities == PORTABLE  # type: ignore[attr-defined]
-        assert ONNX_FILE in engine.manifest.files
+        assert MODEL_FILE in engine.manifest.files
 
 
 @needs_rtx
@@ -359,7 +360,7 @@ def test_the_same_road_with_tensorrt_itself(classic: ModuleType, tmp_path: Path)
 
 def test_a_stripped_engine_keeps_the_onnx_file(classic: ModuleType) -> None:
     with TensorRT(library="tensorrt", strip_plan=True, tf32=True).build(captured(Net(), X), None, context()) as engine:
-        assert ONNX_FILE in engine.manifest.files and engine.facts.stripped  # type: ignore[attr-defined]
+        assert MODEL_FILE in engine.manifest.files and engine.facts.stripped  # type: ignore[attr-defined]
     assert fake_tensorrt.BuilderFlag.STRIP_PLAN in fake_tensorrt.Builder.made[0].flags
     assert fake_tensorrt.BuilderFlag.TF32 in fake_tensorrt.Builder.made[0].flags
 
