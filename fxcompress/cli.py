@@ -18,7 +18,7 @@ import typer
 import typer.main
 
 import fxcompress
-from fxcompress import screens
+from fxcompress import latency_screens, screens
 from fxcompress.analysis.cost import cost, node_costs
 from fxcompress.backends.bundle import MANIFEST, read_manifest
 from fxcompress.backends.bundle_writer import check_output
@@ -28,6 +28,7 @@ from fxcompress.compiled import Compiled
 from fxcompress.compiler import compile as compile_model
 from fxcompress.deployment import verify_bundle
 from fxcompress.errors import OptionError, PreconditionError
+from fxcompress.footprint import footprint
 from fxcompress.graph.info import info
 from fxcompress.graph.printer import format_graph
 from fxcompress.latency import race
@@ -191,20 +192,21 @@ def benchmark(
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size; default: 1, or that of --input.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-n", min=2, help="Calls measured of each.")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="Calls before that.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure memory too, each candidate in a process of its own.")] = True,
     inputs: Inputs = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the latency of engines, saved graphs and models (in eager PyTorch), in turns in one run."""
+    """Measure latency and memory of engines, saved graphs and models (in eager PyTorch), in turns in one run."""
     given = Recipe().overridden(inputs=inputs).make_inputs()
     with screens.working(f"measure {', '.join(candidates)}"):
-        result, measured, taken = race(
-            candidates, inputs=given, threads=threads, batch=batch, repetitions=repetitions, warmup=warmup
-        )
+        found = race(candidates, inputs=given, threads=threads, batch=batch, repetitions=repetitions, warmup=warmup)
+        measured = found.candidates if memory else ()
+        taken = {item.name: footprint(item.spec, found.inputs, threads=found.result.threads) for item in measured}
     if as_json:
-        screens.print_json(result.to_dict() | {"batch": taken, "kinds": {item.name: item.kind for item in measured}})
+        screens.print_json(latency_screens.latency_json(found, taken))
     else:
-        screens.latency_screen(result, measured, taken, screens.console())
+        latency_screens.latency_screen(found, taken, screens.console())
 
 
 @app.command()
@@ -222,7 +224,7 @@ def verify(
     if as_json:
         screens.print_json(found.to_dict())
     else:
-        screens.verified_screen(str(bundle), found, screens.console())
+        latency_screens.verified_screen(str(bundle), found, screens.console())
 
 
 @app.command()

@@ -20,7 +20,7 @@ from fxcompress.compiled import Compiled
 from fxcompress.errors import PreconditionError
 from fxcompress.model_specs import load_model, with_batch
 
-__all__ = ["Candidate", "race"]
+__all__ = ["Candidate", "Race", "opened", "race"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +29,37 @@ class Candidate:
 
     Attributes:
         name: as typed.
+        spec: the bundle or model.
         kind: ``"onnxruntime engine"``, ``"eager PyTorch"``.
         call: the function.
         inputs: of a batch size, where it knows any that fit.
     """
 
     name: str
+    spec: str
     kind: str
     call: Callable[..., Any]
     inputs: Callable[[int], ExampleInputs] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """What :func:`race` measured.
+
+    Attributes:
+        result: the latencies.
+        candidates: in the order of ``result.timings``.
+        inputs: of every call.
+    """
+
+    result: BenchmarkResult
+    candidates: tuple[Candidate, ...]
+    inputs: ExampleInputs
+
+    @property
+    def batch(self) -> int:
+        """The size of the batch that was measured."""
+        return next(int(leaf.shape[0]) for leaf in self.inputs.leaves if isinstance(leaf, torch.Tensor))
 
 
 def race(
@@ -48,7 +70,7 @@ def race(
     batch: int | None = None,
     repetitions: int = 50,
     warmup: int = 5,
-) -> tuple[BenchmarkResult, list[Candidate], int]:
+) -> Race:
     """Measure all candidates in turns, on the same inputs and as many threads.
 
     Args:
@@ -60,7 +82,7 @@ def race(
         warmup: calls before that.
 
     Returns:
-        the latencies, the candidates, and the batch size.
+        the latencies, the candidates, and the inputs.
 
     Raises:
         PreconditionError: nobody knows fitting inputs, or a candidate does not take them.
@@ -74,7 +96,7 @@ def race(
         for spec in specs:
             count = sum(spec == earlier for earlier in specs[: len(candidates)])
             name = f"{spec} #{count + 1}" if count else spec
-            candidates.append(_candidate(spec, name, threads or usual, stack))
+            candidates.append(opened(spec, name, threads or usual, stack))
         if inputs is None:
             known = next((item.inputs for item in candidates if item.inputs is not None), None)
             if known is None:
@@ -91,25 +113,30 @@ def race(
             repetitions=repetitions,
             warmup=warmup,
         )
-        return result, candidates, next(leaf.shape[0] for leaf in inputs.leaves if isinstance(leaf, torch.Tensor))
+        return Race(result, tuple(candidates), inputs)
 
 
-def _candidate(spec: str, name: str, threads: int, stack: contextlib.ExitStack) -> Candidate:
+def opened(spec: str, name: str, threads: int, stack: contextlib.ExitStack) -> Candidate:
+    """Open an engine, saved graph or model for as long as ``stack`` lasts.
+
+    Raises:
+        PreconditionError, BundleError, BackendError: as :func:`race`.
+    """
     path = Path(spec)
     if (path / MANIFEST).exists() and read_manifest(path).kind == "engine":
         cls = backend_class(str(read_manifest(path).backend))
         assert dataclasses.is_dataclass(cls)
         takes_threads = any(item.name == "threads" for item in dataclasses.fields(cls))
         engine = stack.enter_context(load_engine(path, **({"threads": threads} if takes_threads else {})))
-        return Candidate(name, f"{engine.manifest.backend} engine", engine, lambda batch: _inputs(engine, batch))
+        return Candidate(name, spec, f"{engine.manifest.backend} engine", engine, lambda batch: _inputs(engine, batch))
     source = load_model(spec)
     known = source.inputs
     make = (lambda batch: with_batch(known, batch)) if known is not None else None
     if isinstance(source.model, Compiled):
-        return Candidate(name, "saved graph in PyTorch", source.model, make)
+        return Candidate(name, spec, "saved graph in PyTorch", source.model, make)
     if isinstance(source.model, ExportedProgram):
-        return Candidate(name, "exported program in PyTorch", source.model.module(), make)
-    return Candidate(name, "eager PyTorch", source.model, make)
+        return Candidate(name, spec, "exported program in PyTorch", source.model.module(), make)
+    return Candidate(name, spec, "eager PyTorch", source.model, make)
 
 
 def _inputs(engine: Engine, batch: int) -> ExampleInputs:

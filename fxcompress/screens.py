@@ -21,12 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fxcompress.analysis.cost import Cost, NodeCost
-from fxcompress.backends.benchmark import BenchmarkResult
 from fxcompress.backends.bundle import Manifest, read_manifest
 from fxcompress.compiled import Compiled
-from fxcompress.deployment import Verified
 from fxcompress.errors import FxCompressError, OptionError, PreconditionError
-from fxcompress.latency import Candidate
 from fxcompress.model_specs import ModelSource
 from fxcompress.reporting.console import print_report
 from fxcompress.reporting.figures import count, size
@@ -41,11 +38,11 @@ __all__ = [
     "costs_by_kind",
     "error_screen",
     "fail",
-    "latency_screen",
     "listing",
+    "pairs",
     "print_json",
     "quiet",
-    "verified_screen",
+    "table",
     "weights_screen",
     "working",
 ]
@@ -172,17 +169,17 @@ def bundle_screen(path: str, manifest: Manifest, console: Console) -> None:
     """What a bundle takes, gives, and is made of."""
     total = sum(record.bytes for record in manifest.files.values())
     what = f"{manifest.backend} engine" if manifest.kind == "engine" else "saved graph"
-    facts = _table(show_header=False)
+    facts = table(show_header=False)
     facts.add_row("made by", f"fxcompress {manifest.fxcompress}, {manifest.created}, format {manifest.format_version}")
     facts.add_row("inputs", "\n".join(map(str, manifest.inputs)))
     facts.add_row("outputs", "\n".join(map(str, manifest.outputs)))
     facts.add_row("passes", "\n".join(_called(done.name, done.options) for done in manifest.passes) or "none")
     if manifest.options:
-        facts.add_row("options", _pairs(manifest.options))
+        facts.add_row("options", pairs(manifest.options))
     for name, figure in manifest.measurements.items():
-        facts.add_row(name, _pairs(figure) if isinstance(figure, Mapping) else str(figure))
-    facts.add_row("versions", _pairs(manifest.versions))
-    files = _table("file", ">bytes", ">", "sha256")
+        facts.add_row(name, pairs(figure) if isinstance(figure, Mapping) else str(figure))
+    facts.add_row("versions", pairs(manifest.versions))
+    files = table("file", ">bytes", ">", "sha256")
     for name, record in sorted(manifest.files.items()):
         files.add_row(name, f"{record.bytes:,}", size(record.bytes), record.sha256[:16] + "…")
     console.print(Text.assemble((path, "bold"), f"  {what}, {size(total)}, every file as its manifest says"))
@@ -206,47 +203,22 @@ def costs_by_kind(costs: Sequence[NodeCost]) -> list[dict[str, Any]]:
 
 def cost_screen(rows: Sequence[Mapping[str, Any]], total: Cost, batch: int, console: Console) -> None:
     """Costs per kind of layer or operator, and of the whole."""
-    table = _table("layer or operator", ">count", ">MACs", ">%", ">parameters", ">weights")
+    shown = table("layer or operator", ">count", ">MACs", ">%", ">parameters", ">weights")
     free = [row for row in rows if not row["macs"] and not row["bytes"]]
     for row in rows:
         if row not in free:
             share = f"{100 * row['macs'] / total.macs:.1f}" if row["macs"] and total.macs else ""
             held = size(row["bytes"]) if row["bytes"] else ""
-            table.add_row(row["kind"], str(row["count"]), _count(row["macs"]), share, _count(row["parameters"]), held)
+            shown.add_row(row["kind"], str(row["count"]), _count(row["macs"]), share, _count(row["parameters"]), held)
     if free:
         names = ", ".join(row["kind"].removeprefix("aten.") for row in free)
-        table.add_row(Text(names, style="dim"), str(sum(row["count"] for row in free)))
-    table.add_section()
+        shown.add_row(Text(names, style="dim"), str(sum(row["count"] for row in free)))
+    shown.add_section()
     nodes = str(sum(row["count"] for row in rows))
-    table.add_row("total", nodes, _count(total.macs), "", _count(total.parameters), size(total.bytes), style="bold")
-    console.print(table)
+    shown.add_row("total", nodes, _count(total.macs), "", _count(total.parameters), size(total.bytes), style="bold")
+    console.print(shown)
     if total.activation_peak_bytes is not None:
         console.print(f"at batch {batch}; activations take {size(total.activation_peak_bytes)} at their peak")
-
-
-def latency_screen(result: BenchmarkResult, candidates: Sequence[Candidate], batch: int, console: Console) -> None:
-    """Latencies of all candidates, and their ratio to the first."""
-    table = _table("candidate", "", ">median ms", ">p95 ms", ">ratio", "95% interval")
-    for index, (t, item) in enumerate(zip(result.timings, candidates, strict=True)):
-        ratio = f"{t.ratio:.3f}" if index else "1"
-        interval = f"{t.ratio_low:.3f} to {t.ratio_high:.3f}" if index else ""
-        table.add_row(item.name, item.kind, f"{t.median_ms:.3f}", f"{t.p95_ms:.3f}", ratio, interval)
-    console.print(table)
-    console.print(
-        f"{result.repetitions} rounds in turns after {result.warmup} to warm up, batch {batch}, "
-        f"{result.threads} thread{'s' * (result.threads != 1)}; a ratio below 1 is faster than the first"
-    )
-
-
-def verified_screen(path: str, found: Verified, console: Console) -> None:
-    """What a check of a bundle found."""
-    facts, t = _table(show_header=False), found.latency.timings[0]
-    facts.add_row("files", f"{len(found.manifest.files)}, every hash as its manifest says")
-    facts.add_row("inputs", ", ".join(map(str, found.input_shapes)))
-    facts.add_row("relative error", f"{_pairs(found.errors)}; {found.tolerance:g} is allowed")
-    facts.add_row("latency", f"median {t.median_ms:.3f} ms, p95 {t.p95_ms:.3f} ms, {found.latency.repetitions} calls")
-    console.print(Text.assemble((path, "bold"), f"  {found.manifest.backend} engine, verified"))
-    console.print(facts)
 
 
 def listing(what: str, classes: Mapping[str, type], as_json: bool) -> None:
@@ -257,11 +229,11 @@ def listing(what: str, classes: Mapping[str, type], as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    table = _table(what, "what it does", "options")
+    shown = table(what, "what it does", "options")
     for row in rows:
         options = [f"{item['name']}: {item['type']} = {item['default']}" for item in row["options"]]
-        table.add_row(Text(row["name"], style="bold"), row["summary"], "\n".join(options) or "none")
-    console().print(table)
+        shown.add_row(Text(row["name"], style="bold"), row["summary"], "\n".join(options) or "none")
+    console().print(shown)
 
 
 def _summary(cls: type) -> str:
@@ -281,16 +253,16 @@ def _options(cls: type) -> list[dict[str, Any]]:
     ]
 
 
-def _table(*columns: str, show_header: bool = True) -> Table:
+def table(*columns: str, show_header: bool = True) -> Table:
     """A table in the house's style; a column whose title begins with > is aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD if show_header else None, show_header=show_header, pad_edge=True)
+    shown = Table(box=box.SIMPLE_HEAD if show_header else None, show_header=show_header, pad_edge=True)
     for column in columns:
         justify: JustifyMethod = "right" if column.startswith(">") else "left"
-        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
+        shown.add_column(column.removeprefix(">"), justify=justify, overflow="fold")
     if not columns:
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
-    return table
+        shown.add_column(style="bold")
+        shown.add_column(overflow="fold")
+    return shown
 
 
 def _count(number: int | None) -> str:
@@ -301,11 +273,12 @@ def _called(name: str, options: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in options.items())})" if options else name
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def pairs(values: Mapping[str, Any]) -> str:
+    """Names and figures in one line."""
     return ", ".join(f"{key} {_figure(value)}" for key, value in values.items())
 
 
 def _figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return f"({_pairs(value)})" if isinstance(value, Mapping) else str(value)
+    return f"({pairs(value)})" if isinstance(value, Mapping) else str(value)

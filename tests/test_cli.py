@@ -17,6 +17,7 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.cli import main
+from fxcompress.footprint import Footprint
 from fxcompress.model_specs import load_model
 
 MODELS = """
@@ -232,15 +233,30 @@ def test_benchmark(run: Callable[..., Result], bundle: Path) -> None:
     assert list(told["kinds"].values()) == ["onnxruntime engine", "eager PyTorch", "onnxruntime engine"]
     assert (told["batch"], told["threads"], told["repetitions"]) == (3, 1, 3)
     assert torch.get_num_threads() == threads
-    result = run("benchmark", *arguments)
-    assert "median ms" in result.out
+    memory = told["memory"]
+    assert list(memory) == [timing["name"] for timing in told["timings"]]
+    assert all(
+        found["problem"] or 0 < found["resident"] <= found["peak"] < found["process"] for found in memory.values()
+    )
+    result = run("benchmark", *arguments, "--no-memory")
+    assert "median ms" in result.out and "whole process" not in result.out
+    assert run("benchmark", *arguments, "--no-memory", "--json").json["memory"] == {}
+
+
+def test_memory_that_cannot_be_measured_is_told(
+    run: Callable[..., Result], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxcompress.cli.footprint", lambda *_, **__: Footprint(problem="the process died"))
+    result = run("benchmark", str(bundle), "-n", "2")
+    assert result.code == 0 and "not measured: the process died" in result.out
 
 
 def test_benchmark_of_what_does_not_fit(run: Callable[..., Result], bundle: Path) -> None:
     result = run("benchmark", str(bundle), "models.py:instance", "-n", "2")
     assert (result.code, "does not take inputs of shape [1, 3, 8, 8]" in result.told) == (2, True), result.err
     assert run("benchmark", "models.py:instance").told.count("--input") == 1
-    assert run("benchmark", "models.py:instance", "-i", "5x4", "-n", "2", "--json").json["batch"] == 5
+    arguments = ["models.py:instance", "-i", "5x4", "-n", "2", "--no-memory", "--json"]
+    assert run("benchmark", *arguments).json["batch"] == 5
 
 
 def test_report(run: Callable[..., Result], tmp_path: Path, bundle: Path) -> None:
