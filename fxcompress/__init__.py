@@ -15,6 +15,7 @@ from fxcompress import backends, errors, passes
 from fxcompress.backends.registry import load_engine
 from fxcompress.compiled import Compiled, load
 from fxcompress.compiler import compile  # noqa: A004
+from fxcompress.distillation import distill
 from fxcompress.reporting.model import Report
 
 try:
@@ -22,4 +23,15 @@ try:
 except PackageNotFoundError:  # running from a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["Compiled", "Report", "__version__", "backends", "compile", "errors", "load", "load_engine", "passes"]
+__all__ = [
+    "Compiled",
+    "Report",
+    "__version__",
+    "backends",
+    "compile",
+    "distill",
+    "errors",
+    "load",
+    "load_engine",
+    "passes",
+]

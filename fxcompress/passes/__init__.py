@@ -3,6 +3,7 @@
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_precision import ConvertPrecision
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fine_tune import FineTune
@@ -18,6 +19,7 @@ from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwise
 __all__ = [
     "Calibrate",
     "ConvertPrecision",
+    "Distill",
     "FactorizeConv",
     "FactorizeLinear",
     "FineTune",

@@ -17,6 +17,7 @@ __all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passe
 _BUILT_IN = {
     "calibrate": "fxcompress.passes.calibrate:Calibrate",
     "convert_precision": "fxcompress.passes.convert_precision:ConvertPrecision",
+    "distill": "fxcompress.passes.distill:Distill",
     "factorize_conv": "fxcompress.passes.factorize_conv:FactorizeConv",
     "factorize_linear": "fxcompress.passes.factorize_linear:FactorizeLinear",
     "fine_tune": "fxcompress.passes.fine_tune:FineTune",

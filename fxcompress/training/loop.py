@@ -103,6 +103,8 @@ class _Session:
             options.schedule, total, warmup=options.warmup, milestones=options.milestones, gamma=options.gamma
         )
         self.validation = Validation(graph_module, options, engine)
+        graph_module.eval()
+        objective.start(self._first_batch, engine.device, options.seed)
         objective.to(engine.device)
         groups = [group for hook in hooks for group in hook.parameter_groups(graph_module)]
         optimizer = make_optimizer(graph_module, objective, options, groups)
@@ -113,6 +115,15 @@ class _Session:
         self.position = 0  # steps of this epoch that are done
         self.pending: list[torch.Tensor] = []
         self.told = 0.0
+
+    def _first_batch(self) -> Batch:
+        if self.feed.once:
+            raise PreconditionError(
+                "the data can be read only once, and has to be looked at before training",
+                where="data",
+                remedy="give a list, a DataLoader, or an object whose __iter__ starts anew",
+            )
+        return next(self.feed.epoch(0))[0]
 
     def run_all(self) -> None:
         """From the first step, or from where a checkpoint is, to the result."""

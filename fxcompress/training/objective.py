@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,15 @@ class Objective(nn.Module):
     def __init__(self, loss: str | Loss = "auto") -> None:
         super().__init__()
         self.loss = loss
+
+    def start(self, first: Callable[[], Batch], device: torch.device, seed: int) -> None:
+        """Before the optimizer is made: the place to make parameters that depend on the data.
+
+        Args:
+            first: gives the first batch, on the device.
+            device: where the graph is by now.
+            seed: of the run.
+        """
 
     def targets(self, batch: Batch) -> Any:
         """What is computed before the model runs, in the run's precision: a teacher's outputs."""
