@@ -138,17 +138,26 @@ def _size(n: TracedGraph, tensor: fx.Node, dim: int | None = None) -> Any:
 
 
 def _shaped(name: str) -> Callable[..., Any]:
-    """``view``, ``reshape``, ``expand``: sizes one by one, as a list, or the whole shape of another tensor."""
+    """``reshape``, ``expand``: sizes one by one, as a list, or the whole shape of another tensor."""
 
     def method(n: TracedGraph, tensor: fx.Node, *sizes: Any, **named: Any) -> Any:
         given = sizes[0] if len(sizes) == 1 else sizes
         if isinstance(given, Sizes) and given.start == 0:
             return n.call(f"{name}_as", tensor, given.tensor)
-        if name == "view" and isinstance(given, torch.dtype):
-            return n.call(name, tensor, given)
         return n.call(name, tensor, *sizes, **named)
 
     return method
+
+
+_RESHAPE = _shaped("reshape")
+
+
+def _view(n: TracedGraph, tensor: fx.Node, *sizes: Any, **named: Any) -> Any:
+    """Of a shape, which any layout takes as ``reshape``; or of the same bits as another dtype."""
+    dtype = sizes[0] if sizes else named.get("dtype")
+    if isinstance(dtype, torch.dtype):
+        return n.call("view", tensor, dtype)
+    return _RESHAPE(n, tensor, *(named.values() or sizes))
 
 
 def _split(n: TracedGraph, tensor: fx.Node, split_size: Any, dim: int = 0) -> Any:
@@ -216,7 +225,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "detach": _detach,
     "dim": _rank,
     "ndimension": _rank,
-    "view": _shaped("view"),
+    "view": _view,
     "reshape": _shaped("reshape"),
     "expand": _shaped("expand"),
     "split": _split,

@@ -126,7 +126,10 @@ class PassManager:
             if result.changed:
                 after = cost(result.graph_module)
                 if outputs is not None:
-                    fresh = self._outputs(result.graph_module, context)
+                    try:
+                        fresh = self._outputs(result.graph_module, context)
+                    except Exception as failure:
+                        raise _failed(pass_, current, failure, "left a graph that does not run") from failure
                     assert fresh is not None
                     error, allowed = self._prove(pass_, current, context, outputs, fresh)
                     outputs = fresh
@@ -190,13 +193,17 @@ def _run(pass_: Pass, graph_module: fx.GraphModule, context: PassContext) -> Pas
     except (PreconditionError, TrainingError):
         raise
     except Exception as error:
-        problem = error.problem if isinstance(error, FxCompressError) else f"{type(error).__name__}: {error}"
-        place = error.where if isinstance(error, FxCompressError) else _node_in_traceback(error)
-        raise PassError(
-            f"the pass {pass_} failed: {problem}",
-            where=place,
-            remedy=f"the graph it was given is in {_dump(pass_, graph_module)}; your model is as it was",
-        ) from error
+        raise _failed(pass_, graph_module, error, "failed") from error
+
+
+def _failed(pass_: Pass, graph_module: fx.GraphModule, error: Exception, how: str) -> PassError:
+    problem = error.problem if isinstance(error, FxCompressError) else f"{type(error).__name__}: {error}"
+    place = error.where if isinstance(error, FxCompressError) else _node_in_traceback(error)
+    return PassError(
+        f"the pass {pass_} {how}: {problem}",
+        where=place,
+        remedy=f"the graph it was given is in {_dump(pass_, graph_module)}; your model is as it was",
+    )
 
 
 def _node_in_traceback(error: BaseException) -> str | None:

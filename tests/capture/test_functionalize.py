@@ -104,3 +104,21 @@ def test_a_write_nobody_reads_is_dropped() -> None:
         return x + 1
 
     assert targets(check(Of(function), (torch.randn(2, 4),))) == ["aten.add.Tensor"]
+
+
+def test_a_view_is_a_reshape_so_that_a_pass_may_change_the_layout_before_it():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y.view(y.shape[0], -1).view_as(y).view(-1, 6, 6)
+
+    model, x = Tokens().eval(), torch.randn(2, 3, 8, 8)
+    graph_module = capture(model, (x,))
+    graph_module.conv.weight = nn.Parameter(model.conv.weight.to(memory_format=torch.channels_last))
+    made = graph_module.conv(x)
+    assert not made.is_contiguous(), "the layout is another one, and a view of it would fail"
+    torch.testing.assert_close(graph_module(x), model(x))

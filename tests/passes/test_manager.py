@@ -73,6 +73,12 @@ class Breaks(Pass):
         if self.how == "invariant":
             with graph_module.graph.inserting_after(relu):
                 graph_module.graph.call_function(aten.neg.default, (relu,))
+        if self.how == "unrunnable":  # the shape it claims is right, the call is out of range
+            with graph_module.graph.inserting_after(relu):
+                narrow = graph_module.graph.call_function(aten.narrow.default, (relu, 1, 5, 8))
+            narrow.meta.update(relu.meta)
+            relu.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
+            graph_module.recompile()
         if self.how == "nothing":
             return None
         return PassResult(graph_module, (Rewrite("x", "broken"),))
@@ -158,6 +164,11 @@ def test_a_failure_names_the_pass_the_node_and_a_dump(graph_module, context):
 def test_a_broken_result_is_refused(graph_module, context, how):
     with pytest.raises(PassError, match="breaks"):
         PassManager([Breaks(how=how)]).run(graph_module, context)
+
+
+def test_a_graph_that_no_longer_runs_is_refused(graph_module, context):
+    with pytest.raises(PassError, match="breaks.*left a graph that does not run"):
+        PassManager([Breaks(how="unrunnable")]).run(graph_module, context)
 
 
 def test_a_pass_that_needs_inputs_says_so(graph_module):

@@ -1,7 +1,7 @@
-"""Memory layout: the one thing about a value that a functional graph does not show, and that ``view`` relies on.
+"""Memory layout: the one thing about a value that a functional graph does not show.
 
-A copy may be what makes a later ``view`` possible. So what changes strides is taken out only where every reader makes
-the same strides of the value without it; then nothing further down can tell.
+A captured graph reshapes where the model had views, so strides matter to the few operations that ask for them. Where
+a graph has one of those, nothing that changes strides is taken out.
 """
 
 from __future__ import annotations
@@ -13,29 +13,22 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 
-from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.info import info
 from fxcompress.graph.shapes import no_guards
 from fxcompress.passes.base import Skip
-from fxcompress.passes.fusion.facts import Facts, tensor_value
+from fxcompress.passes.fusion.facts import Facts
 
-__all__ = ["VIEWS", "as_reshape", "kept_for_layout", "outcome", "same_layout"]
+__all__ = ["kept_for_layout", "outcome"]
 
 aten = torch.ops.aten
 
-VIEWS: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
-"""Operations that insist on a layout, and those that make the same value of any."""
+# They compute from strides, or fail where the last dimension is not dense.
+_READ_STRIDES = (aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view.default)
 
 
-def same_layout(left: Any, right: Any) -> bool:
-    """Whether two fake tensors of one shape have the same strides, where a dimension has more than one element."""
-    strides = zip(left.shape, left.stride(), right.stride(), strict=True)
-    return all(_expression(a) == _expression(b) for size, a, b in strides if not (isinstance(size, int) and size == 1))
-
-
-def outcome(facts: Facts, target: Any, args: Any, kwargs: Any, known: dict[fx.Node, torch.Tensor]) -> Any:
-    """What an operation would produce if the nodes of ``known`` had those values; None where it would fail."""
-    given, named = map_arg((args, kwargs), lambda n: known.get(n, n.meta.get("val")))
+def outcome(facts: Facts, target: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation would produce on the fake values of its arguments; None where it would fail."""
+    given, named = map_arg((args, kwargs), lambda n: n.meta.get("val"))
     mode = info(facts.graph_module).fake_mode
     try:
         with mode, torch.no_grad(), no_guards(mode), enable_python_dispatcher():
@@ -44,31 +37,11 @@ def outcome(facts: Facts, target: Any, args: Any, kwargs: Any, known: dict[fx.No
         return None
 
 
-def kept_for_layout(facts: Facts, node: fx.Node, source: fx.Node) -> Skip | None:
-    """A skip where reading ``source`` instead of the equal ``node`` would change the layout of what readers make."""
-    value, instead = tensor_value(node), tensor_value(source)
-    if value is None or instead is None or same_layout(value, instead):
+def kept_for_layout(facts: Facts, node: fx.Node) -> Skip | None:
+    """A skip where the graph has an operation that may rely on the strides that ``node`` makes."""
+    graph = facts.graph_module.graph
+    readers = [n.name for target in _READ_STRIDES for n in graph.find_nodes(op="call_function", target=target)]
+    if not readers:
         return None
-    kept: list[str] = []
-    for user in node.users:
-        if user.op == "output":
-            continue  # the caller gets the value, whatever its layout
-        made = None
-        if user.op == "call_function":
-            target = VIEWS.get(user.target, user.target)
-            made = outcome(facts, target, user.args, user.kwargs, {node: instead})
-        recorded = tensor_value(user)
-        if recorded is None or not isinstance(made, torch.Tensor) or not same_layout(made, recorded):
-            kept.append(user.name)
-    reason = "It copies into another memory layout, which later operations rely on."
-    return Skip(node.name, "layout", reason, tuple(kept)) if kept else None
-
-
-def as_reshape(editor: GraphEditor, view: fx.Node, source: fx.Node) -> None:
-    """Let a view be a reshape of ``source``, which equals what it views but may lie in memory otherwise."""
-    args = (source, *view.args[1:])
-    editor.replace(view, editor.insert_call(aten.reshape.default, args, before=view, like=view, name="reshape"))
-
-
-def _expression(size: Any) -> Any:
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    reason = "It may copy into another memory layout, which a later operation relies on."
+    return Skip(node.name, "layout", reason, tuple(readers))

@@ -5,7 +5,7 @@ reshape(reshape(x, a), b)  ⇒  reshape(x, b), or x where that is its shape
 reshape_as(x, y)  ⇒  reshape(x, sizes), so that nobody reads y for its shape alone
 
 Exact: both only move elements. Merged where nobody else reads what lies between; a way there and back is removed in
-any case. Left where the value would get another memory layout (see ``layout``).
+any case. Left where an operation asks for strides (see ``layout``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.passes.fusion.base import Rule, Site
 from fxcompress.passes.fusion.channels import PERMUTES, RESHAPES, permutation
 from fxcompress.passes.fusion.facts import Facts, first_input, tensor_value
-from fxcompress.passes.fusion.layout import VIEWS, as_reshape, kept_for_layout, outcome, same_layout
+from fxcompress.passes.fusion.layout import kept_for_layout, outcome
 
 __all__ = ["MergeViews"]
 
@@ -31,7 +31,6 @@ aten = torch.ops.aten
 
 _FAR = 16  # how many views are looked through
 _AS = {aten.reshape_as.default, aten.view_as.default}
-_SIZED = {aten.reshape.default, *VIEWS}
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,6 @@ class MergeViews(Rule[ViewSite]):
             new = editor.insert_call(site.target, (source, site.option), before=last, like=last, name=name)
         else:
             new = source
-            for user in [user for user in last.users if user.target in VIEWS]:
-                as_reshape(editor, user, source)
         editor.replace(last, new)
         detail = {"rule": self.name, "views": [node.name for node in site.nodes[: site.depth]]}
         result = "merged into one view" if site.depth > 1 else "reads a shape no more"
@@ -137,14 +134,15 @@ def _reshapes(facts: Facts, node: fx.Node) -> ViewSite | Skip | None:
         return None
     for depth, source in enumerate(chain[2:], start=2):
         if same_value(source.meta.get("val"), value):
-            kept = kept_for_layout(facts, node, source)
-            nodes = (*chain[:depth], *node.users)
-            return ViewSite(node.name, nodes, depth) if kept is None else kept
+            kept = kept_for_layout(facts, node)
+            return ViewSite(node.name, tuple(chain[:depth]), depth) if kept is None else kept
     private = _private(chain)
-    if private < 2 or node.target not in _SIZED:
+    if private < 2 or node.target is not aten.reshape.default:
         return None
-    made = outcome(facts, aten.reshape.default, (chain[private], node.args[1]), {}, {})
-    if not isinstance(made, torch.Tensor) or not same_layout(made, value):
-        reason = "Reshaped in one step, the value would have another memory layout."
-        return Skip(node.name, "layout", reason, (chain[private].name,))
+    if not same_value(outcome(facts, aten.reshape.default, (chain[private], node.args[1]), {}), value):
+        reason = "Sizes that are not known do not tell that one step makes the same shape."
+        return Skip(node.name, "unknown_sizes", reason, (chain[private].name,))
+    kept = kept_for_layout(facts, node)
+    if kept is not None:
+        return kept
     return ViewSite(node.name, tuple(chain[:private]), private, aten.reshape.default, node.args[1])

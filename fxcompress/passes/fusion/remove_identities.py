@@ -27,7 +27,7 @@ from fxcompress.passes.fusion.base import Rule, Site
 from fxcompress.passes.fusion.channels import PERMUTES, RESHAPES, permutation
 from fxcompress.passes.fusion.constants import draws_random_numbers
 from fxcompress.passes.fusion.facts import Facts, first_input, tensor_value
-from fxcompress.passes.fusion.layout import VIEWS, as_reshape, kept_for_layout, same_layout
+from fxcompress.passes.fusion.layout import kept_for_layout
 
 __all__ = ["RemoveIdentities"]
 
@@ -124,10 +124,9 @@ _CHECKS: dict[Any, Callable[[fx.Node], bool]] = {
 
 @dataclass(frozen=True)
 class IdentitySite(Site):
-    """A node that returns one of its arguments, what it is, and the views of it that become reshapes."""
+    """A node that returns one of its arguments, and what it is."""
 
     kind: str
-    views: tuple[fx.Node, ...]
 
 
 class RemoveIdentities(Rule[IdentitySite]):
@@ -144,7 +143,7 @@ class RemoveIdentities(Rule[IdentitySite]):
             if source is None or not _is_identity(facts, node):
                 continue  # computes something
             if node.op == "call_module":
-                yield IdentitySite(str(node.target), (node,), type(facts.layer(node)).__name__, ())
+                yield IdentitySite(str(node.target), (node,), type(facts.layer(node)).__name__)
                 continue
             if value is None or made is None or not same_value(value, made) or value.device != made.device:
                 continue  # computes something
@@ -154,22 +153,13 @@ class RemoveIdentities(Rule[IdentitySite]):
                 if source in trained:
                     yield Skip(site, "blocks_gradient", "It says where gradients stop in training.", (source.name,))
                     continue
-            kept = kept_for_layout(facts, node, source)
-            if kept is not None:
-                yield kept
-                continue
-            views: tuple[fx.Node, ...] = ()
-            if not same_layout(value, made):
-                views = tuple(user for user in node.users if user.target in VIEWS)
-            nodes = (node, *(node.users if not same_layout(value, made) else ()))
-            yield IdentitySite(site, nodes, str(node.target), views)
+            kept = kept_for_layout(facts, node)
+            yield IdentitySite(site, (node,), str(node.target)) if kept is None else kept
 
     def rewrite(self, editor: GraphEditor, site: IdentitySite) -> Rewrite:
         node = site.nodes[0]
         source = _source(node)
         assert source is not None
-        for view in site.views:
-            as_reshape(editor, view, source)
         editor.replace(node, source)
         return Rewrite(site.name, "removed: it returns its argument", {"rule": self.name, "operation": site.kind})
 

@@ -114,7 +114,7 @@ def test_dropout_in_training_mode_stays():
 # --- memory layout --------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_for_a_view_goes_and_the_view_becomes_a_reshape():
+def test_a_copy_for_a_view_goes_for_the_view_was_captured_as_a_reshape():
     model = net(lambda net, x: x.view(-1, 2, 2, 6, 6).transpose(1, 2).contiguous().view(-1, 4, 6, 6).relu())
     check_pass(
         model,
@@ -122,10 +122,10 @@ def test_a_copy_for_a_view_goes_and_the_view_becomes_a_reshape():
         REMOVE,
         after="""
             graph(x: f32[batch, 4, 6, 6]):
-              view: f32[batch, 2, 2, 6, 6] = aten.view(x, [-1, 2, 2, 6, 6])
+              view: f32[batch, 2, 2, 6, 6] = aten.reshape(x, [-1, 2, 2, 6, 6])
               transpose: f32[batch, 2, 2, 6, 6] = aten.transpose.int(view, 1, 2)
-              reshape: f32[batch, 4, 6, 6] = aten.reshape(transpose, [-1, 4, 6, 6])
-              relu: f32[batch, 4, 6, 6] = aten.relu(reshape)
+              view_1: f32[batch, 4, 6, 6] = aten.reshape(transpose, [-1, 4, 6, 6])
+              relu: f32[batch, 4, 6, 6] = aten.relu(view_1)
               return relu
         """,
         rewrites=["contiguous"],
@@ -139,14 +139,24 @@ def test_a_copy_for_a_view_goes_and_the_view_becomes_a_reshape():
         pytest.param(
             lambda net, x: x.transpose(1, 3).contiguous().relu().view(-1, 144), id="through another operation"
         ),
-        pytest.param(
-            lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(-1, 36, 4), id="the reshape would not copy"
-        ),
+        pytest.param(lambda net, x: x.permute(0, 2, 3, 1).contiguous().view(-1, 36, 4), id="a view of two dimensions"),
         pytest.param(lambda net, x: net.linear(x.transpose(1, 3).contiguous().transpose(1, 3)), id="a layer"),
     ],
 )
-def test_a_copy_that_later_views_may_rely_on_stays(forward):
-    check_pass(net(forward), IMAGE, REMOVE, rewrites=0, skipped={"contiguous": "layout"})
+def test_a_copy_goes_whatever_the_views_after_it(forward):
+    check_pass(net(forward), IMAGE, REMOVE, rewrites=["contiguous"], skipped=())
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        pytest.param(lambda x: x.view(torch.int32).float(), id="the bits as another dtype"),
+        pytest.param(lambda x: torch.as_strided(x, (2, 3), (6, 1)), id="strides by hand"),
+    ],
+)
+def test_a_copy_stays_where_an_operation_asks_for_strides(reader):
+    model = net(lambda net, x: reader(x.transpose(2, 3).contiguous().relu()))
+    check_pass(model, IMAGE, REMOVE, rewrites=0, skipped={"contiguous": "layout"}, dynamic_shapes=None)
 
 
 # --- views of views -------------------------------------------------------------------------------------------------
@@ -180,8 +190,8 @@ def test_a_view_that_others_read_is_kept_unless_it_is_undone():
     assert len(graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.permute.default)) == 2
 
 
-def test_a_reshape_that_would_change_the_layout_is_left():
+def test_reshapes_are_merged_whatever_the_layout_between_them():
     def forward(net, x):
         return x.transpose(1, 3).reshape(-1, 144).view(-1, 6, 6, 4).relu().view(-1, 144)
 
-    check_pass(net(forward), IMAGE, VIEWS, rewrites=0, skipped=["layout"])
+    check_pass(net(forward), IMAGE, VIEWS, rewrites=1, skipped=())
