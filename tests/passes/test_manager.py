@@ -167,7 +167,7 @@ def test_a_broken_result_is_refused(graph_module, context, how):
 
 
 def test_a_graph_that_no_longer_runs_is_refused(graph_module, context):
-    with pytest.raises(PassError, match="breaks.*left a graph that does not run"):
+    with pytest.raises(PassError, match=r"breaks.*left a graph that does not run"):
         PassManager([Breaks(how="unrunnable")]).run(graph_module, context)
 
 
