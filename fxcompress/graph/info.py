@@ -30,6 +30,8 @@ class GraphInfo:
         dim_names: readable name of each symbolic size, by symbol: ``{"s77": "batch"}``.
         original_names: the user's name of each tensor that the graph holds under another path.
         notes: sentences for the report about what capture could not carry over.
+        sparse: paths of weights whose zeros are meant to stay, with their pattern: ``unstructured``, or ``2:4``. The
+            zeros themselves are the mask; see :mod:`fxcompress.analysis.sparsity`.
         has_shapes: whether nodes have ``meta["val"]``; False where the model was traced without example inputs.
     """
 
@@ -40,6 +42,7 @@ class GraphInfo:
     dim_names: dict[str, str] = field(default_factory=dict)
     original_names: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sparse: dict[str, str] = field(default_factory=dict)
     has_shapes: bool = True
 
     def __deepcopy__(self, memo: dict[int, object]) -> GraphInfo:
@@ -49,6 +52,7 @@ class GraphInfo:
             dim_names=dict(self.dim_names),
             original_names=dict(self.original_names),
             notes=list(self.notes),
+            sparse=dict(self.sparse),
         )
 
 

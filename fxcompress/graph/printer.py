@@ -10,7 +10,8 @@
 
 Symbols are printed by the readable names of their dims, an operator without its overload where that is ``default``,
 and ``return`` shows what the caller gets. ``constant`` is a buffer that is not in ``state_dict()``. Weights that are
-one tensor under several names are told at the end: ``# tied: decoder.weight = embedding.weight``.
+one tensor under several names are told at the end: ``# tied: decoder.weight = embedding.weight``; and so are weights
+whose zeros are meant to stay: ``# sparse: fc.weight 2:4``.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def format_graph(graph_module: fx.GraphModule, *, values: bool = True) -> str:
         else:
             lines.append(f"  {node.name}{kind} = {_made_by(graph_module, node)}")
     lines += [f"  # tied: {' = '.join(paths)}" for paths in _tied(graph_module)]
+    lines += [f"  # sparse: {path} {pattern}" for path, pattern in info(graph_module).sparse.items()]
     return "\n".join([f"graph({', '.join(inputs)}):", *lines])
 
 

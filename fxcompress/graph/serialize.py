@@ -78,6 +78,7 @@ def graph_to_json(graph_module: fx.GraphModule) -> dict[str, Any]:
         "dim_names": dict(facts.dim_names),
         "original_names": dict(facts.original_names),
         "notes": list(facts.notes),
+        "sparse": dict(facts.sparse),
     }
 
 
@@ -148,6 +149,7 @@ def _load(document: dict[str, Any], tensors: Mapping[str, torch.Tensor], device:
         },
         original_names={check_path(own, "names"): check_path(n, own) for own, n in document["original_names"].items()},
         notes=[str(note) for note in document["notes"]],
+        sparse={check_path(path, "sparse"): str(kind) for path, kind in document.get("sparse", {}).items()},
     )
     _check_call(facts)
     graph_module = assemble(root, graph, facts)

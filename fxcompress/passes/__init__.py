@@ -14,6 +14,7 @@ from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_weights import QuantizeWeights
+from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "QuantizeWeights",
     "Rewrite",
     "Skip",
+    "SparsifyWeights",
     "SubstituteDepthwiseSeparable",
 ]

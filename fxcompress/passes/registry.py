@@ -24,6 +24,7 @@ _BUILT_IN = {
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
     "insert_quant_stubs": "fxcompress.passes.insert_quant_stubs:InsertQuantStubs",
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
+    "sparsify_weights": "fxcompress.passes.sparsify_weights:SparsifyWeights",
     "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
     "quantize": "fxcompress.passes.quantize:Quantize",
     "quantize_dynamic": "fxcompress.passes.quantize_dynamic:QuantizeDynamic",
