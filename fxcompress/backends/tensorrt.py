@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
+from fxcompress.analysis.sparsity import sparse_layers
 from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend
@@ -58,7 +59,8 @@ class TensorRT(OnnxBackend):
         profiles: ranges of the dynamic sizes, each tuned on its own: ``({"batch": (1, 1, 4)}, {"batch": (4, 32, 64)})``
             are least, usual and greatest. A size left out takes its default: the example's, up to four times that.
         tf32: let float32 products round their inputs to 10 bits of mantissa.
-        sparse_weights: use the kernels for 2:4 sparsity where weights have it (``SparsifyWeights``).
+        sparse_weights: use the kernels for 2:4 sparsity where weights have it. None does where ``SparsifyWeights`` made
+            a weight so.
         version_compatible: let newer TensorRT versions load the engine (TensorRT itself).
         hardware_compatibility: ``"ampere_plus"`` or ``"same_compute_capability"``: let other GPUs load the engine
             (TensorRT itself).
@@ -83,7 +85,7 @@ class TensorRT(OnnxBackend):
     library: Literal["auto", "tensorrt_rtx", "tensorrt"] = "auto"
     profiles: tuple[dict[str, tuple[int, int, int]], ...] = ()
     tf32: bool = False
-    sparse_weights: bool = False
+    sparse_weights: bool | None = None
     version_compatible: bool = False
     hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
     refit: bool = False
@@ -162,6 +164,7 @@ class TensorRT(OnnxBackend):
     def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
         library = self._library()
         capabilities = self._capabilities(library)
+        sparse = sparse_layers(graph_module, 2, 4)
         profiles = settle_profiles(signature.inputs, self.profiles, ranges_of(graph_module))
         on_device = self.build_on == "device"
         with ExitStack() as stack:
@@ -186,7 +189,7 @@ class TensorRT(OnnxBackend):
                     library,
                     place / MODEL_FILE,
                     None if on_device else directory / PLAN_FILE,
-                    self._settings(capabilities),
+                    self._settings(capabilities, sparse),
                     profiles,
                     signature.inputs,
                     signature.outputs,
@@ -197,6 +200,7 @@ class TensorRT(OnnxBackend):
             **facts,
             "profiles": [profile.sizes for profile in profiles],
             "compute_capabilities": capabilities,
+            "sparse_2_4": sparse,
         }
         if on_device:
             context.progress("write the device bundle")
@@ -213,7 +217,7 @@ class TensorRT(OnnxBackend):
                 "version": library.version if library is not None else "",
                 "compute_capabilities": capabilities,
                 "bytes": int(facts["bytes"]),
-                "options": dataclasses.asdict(self._settings(())),
+                "options": dataclasses.asdict(self._settings((), sparse)),
                 "tolerance": verified.get("tolerance", default_tolerance(graph_module)),
             },
         )
@@ -258,8 +262,10 @@ class TensorRT(OnnxBackend):
             )
         return self.compute_capabilities
 
-    def _settings(self, capabilities: tuple[str, ...]) -> Settings:
+    def _settings(self, capabilities: tuple[str, ...], sparse: list[str]) -> Settings:
         named = {item.name: getattr(self, item.name) for item in dataclasses.fields(Settings)}
+        if self.sparse_weights is None:
+            named["sparse_weights"] = bool(sparse)
         return Settings(**{**named, "compute_capabilities": capabilities})
 
 

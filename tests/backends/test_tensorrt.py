@@ -449,3 +449,15 @@ def test_the_page_lists_every_option_and_every_finding() -> None:
     codes = set(re.findall(r'(?:yield|_end\()\s*"(\w+)",', source))
     assert len(codes) >= 15
     assert [name for name in (*TensorRT().options(), *sorted(codes)) if f"`{name}`" not in page] == []
+
+
+@pytest.mark.parametrize(("given", "flagged"), [(None, True), (False, False)])
+def test_two_of_four_sets_the_flag_and_stands_in_the_manifest(
+    classic: ModuleType, given: bool | None, flagged: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    backend = TensorRT(library="tensorrt", sparse_weights=given)
+    compiled = fxc.compile(model, ["sparsify_weights(pattern='2:4')"], (torch.randn(2, 4, 8, 8),), backend=backend)
+    assert (fake_tensorrt.BuilderFlag.SPARSE_WEIGHTS in fake_tensorrt.Builder.made[-1].flags) is flagged
+    assert compiled.engine is not None
+    assert compiled.engine.manifest.measurements["tensorrt"]["sparse_2_4"] == ["0", "2"]
