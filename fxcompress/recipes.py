@@ -10,6 +10,8 @@
     backend_options: {threads: 2}
     output: mobilenet_v2.bundle
 
+An option of the form ``file.py:name`` is what that file defines: data, or a function that returns it.
+
 The keys are the command's options; what is given on the command line takes precedence. Paths are relative to the
 directory in which the command runs.
 """
@@ -29,10 +31,10 @@ from fxcompress.backends.base import Backend
 from fxcompress.backends.registry import backend_class
 from fxcompress.capture.inputs import ExampleInputs
 from fxcompress.errors import OptionError, PreconditionError, nearest
-from fxcompress.model_specs import parse_inputs
+from fxcompress.model_specs import load_value, parse_inputs
 from fxcompress.options import parse_options
 from fxcompress.passes.base import Pass
-from fxcompress.passes.registry import make_pass, parse_pass, pass_class
+from fxcompress.passes.registry import as_pass
 
 __all__ = ["Recipe", "dynamic_shapes_of", "read_recipe"]
 
@@ -95,20 +97,7 @@ class Recipe(pydantic.BaseModel):
         Raises:
             OptionError: an unknown pass or option.
         """
-        made: list[Pass] = []
-        for item in self.passes:
-            if isinstance(item, str):
-                made.append(parse_pass(item))
-                continue
-            if len(item) != 1:
-                raise OptionError(
-                    f"an entry of passes names {len(item)} passes: {', '.join(item)}",
-                    where="passes",
-                    remedy="begin each pass on a line of its own: - prune_channels: {ratio: 0.5}",
-                )
-            [(name, options)] = item.items()
-            made.append(make_pass(pass_class(name), options or {}))
-        return tuple(made)
+        return tuple(as_pass(item, load_value) for item in self.passes)
 
     def make_backend(self) -> Backend | None:
         """The backend with its options, made.

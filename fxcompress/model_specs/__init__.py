@@ -6,7 +6,16 @@ from safetensors, or from the zoo's own loader where the spec asks for pretraine
 
 from fxcompress.model_specs.checkpoint import load_checkpoint
 from fxcompress.model_specs.inputs import parse_inputs, with_batch
-from fxcompress.model_specs.load import SPEC_FORMS, load_model
+from fxcompress.model_specs.load import SPEC_FORMS, load_model, load_value
 from fxcompress.model_specs.source import ModelSource, examples_for
 
-__all__ = ["SPEC_FORMS", "ModelSource", "examples_for", "load_checkpoint", "load_model", "parse_inputs", "with_batch"]
+__all__ = [
+    "SPEC_FORMS",
+    "ModelSource",
+    "examples_for",
+    "load_checkpoint",
+    "load_model",
+    "load_value",
+    "parse_inputs",
+    "with_batch",
+]

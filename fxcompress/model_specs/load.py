@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
@@ -27,7 +28,7 @@ from fxcompress.model_specs.source import ModelSource, first_line, similar_file,
 from fxcompress.model_specs.zoos import ZOOS
 from fxcompress.options import parse_options
 
-__all__ = ["SPEC_FORMS", "load_model"]
+__all__ = ["SPEC_FORMS", "load_model", "load_value"]
 
 SPEC_FORMS = "torchvision:NAME, timm:NAME, hf:NAME, FILE.py:FUNCTION, FILE.pt2, or the directory of a saved graph"
 
@@ -53,6 +54,35 @@ def load_model(spec: str) -> ModelSource:
     if path.suffix == ".pt2":
         return _exported_program(spec, path)
     raise _unknown(spec, path, prefix if colon else "")
+
+
+def load_value(spec: str) -> Any:
+    """What ``file.py:name`` means as an option: what a function without arguments returns, or the value itself.
+
+    A function that takes arguments, such as a loss, is handed over as it is.
+
+    Raises:
+        OptionError: the file does not define the name; the nearest is suggested.
+        PreconditionError: there is no such file, or its code failed.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    defined = _public_names(path)
+    module = _import_file(path)
+    if not hasattr(module, name):
+        raise OptionError(
+            f"there is no {name!r} in {path.name}", where=spec, remedy=suggestion(name, defined, "its functions")
+        )
+    value = getattr(module, name)
+    if not callable(value) or _takes_arguments(value):
+        return value
+    return _called(path, f"{name}() failed", value)
+
+
+def _takes_arguments(function: Callable[..., Any]) -> bool:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    told = inspect.signature(function).parameters.values()
+    return any(parameter.kind in kinds and parameter.default is parameter.empty for parameter in told)
 
 
 def _from_file(spec: str, path: Path, function: str) -> ModelSource:

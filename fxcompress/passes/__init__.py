@@ -9,6 +9,7 @@ from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fine_tune import FineTune
 from fxcompress.passes.fuse_modules import FuseModules
 from fxcompress.passes.insert_quant_stubs import InsertQuantStubs
+from fxcompress.passes.iterate import Iterate
 from fxcompress.passes.manager import PassManager, PassRecord
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize import Quantize
@@ -26,6 +27,7 @@ __all__ = [
     "FineTune",
     "FuseModules",
     "InsertQuantStubs",
+    "Iterate",
     "Numerics",
     "Pass",
     "PassContext",

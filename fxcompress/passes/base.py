@@ -62,12 +62,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass returns: the graph and the account of it, with one sentence more in ``note`` if there is need."""
+    """What a pass returns: the graph and the account of it, with one sentence more in ``note`` if there is need.
+
+    A pass that runs other passes hands on the ``records`` that its manager kept of them.
+    """
 
     graph_module: fx.GraphModule
     rewrites: tuple[Rewrite, ...] = ()
     skipped: tuple[Skip, ...] = ()
     note: str = ""
+    records: tuple[Any, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -84,6 +88,8 @@ class PassContext:
         original: the graph as captured, before any pass: the default teacher and reference.
         seed: for passes that draw random numbers.
         progress: called with (done, total, what) by long passes.
+        hooks: act on every run of training inside (:class:`fxcompress.training.hooks.Hook`).
+        prove: whether passes that hold passes compare outputs before and after each.
         latency: median milliseconds of a graph on the backend of that name, measured now; None where none can be.
     """
 
@@ -92,6 +98,8 @@ class PassContext:
     seed: int = 0
     progress: Callable[[int, int, str], None] | None = None
     latency: Callable[[fx.GraphModule, str], float] | None = None
+    hooks: Sequence[Any] = ()
+    prove: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,11 +149,17 @@ def _is_default(item: dataclasses.Field[Any], value: Any) -> bool:
 
 def _text(value: Any) -> str:
     """A value as it is written; of data only what it is."""
-    literal = value is None or isinstance(value, (bool, int, float, str, tuple, Mapping))
+    if isinstance(value, Pass):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
+    literal = value is None or isinstance(value, (bool, int, float, str, Mapping))
     return repr(value) if literal else f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Pass):
+        return {value.name: value.options}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -32,6 +32,8 @@ class FineTune(TrainingOptions, Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One run of training; the graph ends in eval mode with weights of its own."""
         skipped = tuple(Skip(path, code, reason) for path, code, reason in frozen_layers(graph_module))
-        history = train(graph_module, self.loader, Objective(self.loss), self, progress=context.progress)
+        history = train(
+            graph_module, self.loader, Objective(self.loss), self, hooks=context.hooks, progress=context.progress
+        )
         rewrite = Rewrite("all", f"trained in {history.steps} steps", history.detail())
         return PassResult(graph_module, (rewrite,), skipped, history.summary())

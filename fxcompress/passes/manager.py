@@ -108,6 +108,7 @@ class PassManager:
                 source line, and a file with the graph that the pass was given.
             VerificationError: a pass that promises equal outputs changed them; names the pass and the output.
         """
+        context = replace(context, prove=self.prove)
         records: list[PassRecord] = []
         current, before = graph_module, cost(graph_module)
         if outputs is None or not self.prove:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from fxcompress.errors import OptionError, nearest
 from fxcompress.passes.base import Pass
 
-__all__ = ["make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passes"]
+__all__ = ["as_pass", "make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passes"]
 
 _BUILT_IN = {
     "calibrate": "fxcompress.passes.calibrate:Calibrate",
@@ -23,6 +24,7 @@ _BUILT_IN = {
     "fine_tune": "fxcompress.passes.fine_tune:FineTune",
     "fuse_modules": "fxcompress.passes.fuse_modules:FuseModules",
     "insert_quant_stubs": "fxcompress.passes.insert_quant_stubs:InsertQuantStubs",
+    "iterate": "fxcompress.passes.iterate:Iterate",
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
     "sparsify_weights": "fxcompress.passes.sparsify_weights:SparsifyWeights",
     "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
@@ -31,6 +33,7 @@ _BUILT_IN = {
     "quantize_weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
 }
 _GROUP = "fxcompress.passes"
+_IN_FILE = re.compile(r"[^:]+\.py:\w+")
 
 
 def pass_names() -> list[str]:
@@ -68,15 +71,50 @@ def resolve_passes(passes: Sequence[Pass | str] | Pass | str | None) -> tuple[Pa
     return tuple(resolved)
 
 
-def parse_pass(text: str) -> Pass:
-    """``"name"`` or ``"name(option=value, ...)"``; values are Python literals.
+def as_pass(item: Any, load: Callable[[str], Any] | None = None) -> Pass:
+    """A pass as it is, ``"name(option=value)"``, or ``{name: {option: value}}``.
+
+    Args:
+        item: one of these; options that are passes themselves may be told likewise.
+        load: gives what an option of the form ``file.py:name`` means; None leaves such text as it is.
+
+    Raises:
+        OptionError: it is nothing of the kind, or names an unknown pass or option.
+    """
+    if isinstance(item, Pass):
+        return item
+    if isinstance(item, str):
+        return parse_pass(item, load)
+    if not isinstance(item, Mapping):
+        raise OptionError(f"{item!r} is no pass", remedy="give a pass, its name, or {name: {option: value}}")
+    if len(item) != 1:
+        raise OptionError(
+            f"an entry of passes names {len(item)} passes: {', '.join(map(str, item))}",
+            where="passes",
+            remedy="begin each pass on a line of its own: - prune_channels: {ratio: 0.5}",
+        )
+    [(name, options)] = item.items()
+    return make_pass(pass_class(str(name)), _loaded(dict(options or {}), load))
+
+
+def _loaded(value: Any, load: Callable[[str], Any] | None) -> Any:
+    if load is None:
+        return value
+    if isinstance(value, str) and _IN_FILE.fullmatch(value):
+        return load(value)
+    if isinstance(value, Mapping):
+        return {key: _loaded(item, load) for key, item in value.items()}
+    return type(value)(_loaded(item, load) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def parse_pass(text: str, load: Callable[[str], Any] | None = None) -> Pass:
+    """``"name"`` or ``"name(option=value, ...)"``; values are Python literals, ``load`` as for :func:`as_pass`.
 
     Raises:
         OptionError: the text is malformed, or names an unknown pass or option (the nearest is suggested).
     """
     name, options = _parse(text)
-    cls = pass_class(name)
-    return make_pass(cls, options)
+    return make_pass(pass_class(name), _loaded(options, load))
 
 
 def make_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:

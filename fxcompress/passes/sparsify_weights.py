@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,12 @@ from fxcompress.analysis.sparsity import UNSTRUCTURED, mark_sparse, pattern_of, 
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.passes.registry import as_pass
 from fxcompress.passes.sparsity.account import detail_of, note_of
-from fxcompress.passes.sparsity.masks import sparse_weights_of
+from fxcompress.passes.sparsity.masks import gone_of, sparse_weights_of
 from fxcompress.passes.sparsity.sites import Site, find_sites
+from fxcompress.training.masks import GradualMasks, cubic
+from fxcompress.training.options import TrainingOptions
 
 __all__ = ["SparsifyWeights"]
 
@@ -39,6 +42,12 @@ class SparsifyWeights(Pass):
         ends: ``dense`` leaves the first and the last layer.
         calibration: batches: what the model takes, or that and labels.
         batches: how many to read at most; None reads all.
+        training: a pass that trains, such as ``FineTune``; the zeros then come step by step while it runs (Zhu & Gupta
+            2017), in place of all at once.
+        ramp: how the share grows with the steps: ``cubic``, 1 − (1 − t)³, or ``linear``.
+        every: optimizer steps between two choices.
+        begin: share of the training after which the first weights go.
+        end: share after which no more go, so that the rest can recover.
     """
 
     name: ClassVar[str] = "sparsify_weights"
@@ -53,10 +62,17 @@ class SparsifyWeights(Pass):
     ends: Literal["sparsify", "dense"] = "sparsify"
     calibration: Iterable[Any] | None = None
     batches: int | None = None
+    training: Pass | None = None
+    ramp: Literal["cubic", "linear"] = "cubic"
+    every: int = 100
+    begin: float = 0.0
+    end: float = 0.75
 
     def __post_init__(self) -> None:
         if isinstance(self.ignore, (list, str)):
             object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
+        if self.training is not None:
+            object.__setattr__(self, "training", as_pass(self.training))
         super().__post_init__()
         if not 0 < self.sparsity < 1:
             raise OptionError(
@@ -88,8 +104,36 @@ class SparsifyWeights(Pass):
                     remedy="leave it out; ignore=(...) keeps layers dense",
                 )
 
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if not 0 <= self.begin < self.end <= 1:
+            raise OptionError(
+                f"begin={self.begin} and end={self.end} are no part of a training", where="end", remedy="0 and 0.75"
+            )
+        if self.every < 1:
+            raise OptionError(f"every={self.every} is below 1", where="every")
+        if self.training is None:
+            return
+        if self.method != "magnitude" or self.pattern is not None:
+            raise OptionError(
+                "zeros that come while training runs are chosen by magnitude, without a pattern",
+                where="method" if self.pattern is None else "pattern",
+                remedy="leave out training=, and train after this pass: the zeros stay",
+            )
+        if not isinstance(self.training, TrainingOptions):
+            raise OptionError(
+                f"the pass {self.training.name!r} does not train", where="training", remedy="give FineTune(...)"
+            )
+        if self.training.keep_best or self.training.patience is not None:
+            raise OptionError(
+                "the best weights may be of an epoch in which they were not yet sparse",
+                where="training",
+                remedy="leave out keep_best and patience; train further after this pass",
+            )
+
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Choose on the graph as it is, then put all new weights in at once."""
+        """Choose on the graph as it is, then put all new weights in at once; or let them go while training runs."""
         sites, skipped = find_sites(graph_module, self.ignore, self.sparsities, self.ends)
         pattern = pattern_of(self.pattern) if self.pattern is not None else None
         chosen: list[Site] = []
@@ -99,6 +143,8 @@ class SparsifyWeights(Pass):
                 chosen.append(site)
             else:
                 skipped.append(Skip(site.path, *reason))
+        if self.training is not None and chosen:
+            return self._gradually(graph_module, context, chosen, skipped)
         rewrites: list[Rewrite] = []
         named, before = self.pattern or UNSTRUCTURED, sparse_weights(graph_module)
         weights: list[tuple[Site, torch.Tensor]] = []
@@ -121,6 +167,29 @@ class SparsifyWeights(Pass):
         mark_sparse(graph_module, (path for site, _ in weights for path in _names_of(site)), named)
         note = note_of(graph_module, [dict(rewrite.detail) for rewrite in rewrites], named) if rewrites else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
+
+    def _gradually(
+        self, graph_module: fx.GraphModule, context: PassContext, sites: list[Site], skipped: list[Skip]
+    ) -> PassResult:
+        assert self.training is not None
+        before = {site.path: site.weight for site in sites}
+
+        def choose(way: float) -> dict[str, torch.Tensor]:
+            gone = gone_of(sites, self, None, None, cubic(way) if self.ramp == "cubic" else way)
+            return {path: ~zero for site, zero in zip(sites, gone, strict=True) for path in _names_of(site)}
+
+        masks = GradualMasks(choose, every=self.every, begin=self.begin, end=self.end)
+        trained = self.training.run(graph_module, replace(context, hooks=(*context.hooks, masks)))
+        mark_sparse(trained.graph_module, (path for site in sites for path in _names_of(site)), UNSTRUCTURED)
+        rewrites: list[Rewrite] = []
+        for site in sites:
+            detail = detail_of(site, site.weight, None, UNSTRUCTURED, self.method, before[site.path])
+            rewrites.append(Rewrite(site.path, f"{detail['sparsity']:.1%} zeros", detail))
+        details = [dict(rewrite.detail) for rewrite in rewrites]
+        note = f"{trained.note}; {note_of(trained.graph_module, details, UNSTRUCTURED)}"
+        return PassResult(
+            trained.graph_module, (*trained.rewrites, *rewrites), (*trained.skipped, *skipped), note, trained.records
+        )
 
     def _unfit(self, site: Site, pattern: tuple[int, int] | None) -> tuple[str, str] | None:
         if pattern is not None and site.weight.shape[site.dim] % pattern[1]:

@@ -88,6 +88,10 @@ def _passes(report: Report, width: int) -> Table:
         left = Text(str(len(item.skipped)), style="yellow" if item.skipped else "dim")
         figures = _figures(columns, item.before, item.after)
         table.add_row(Text(item.text), duration(item.seconds), changed, left, *figures, _error(item))
+        for step in item.steps:
+            inner = [Text(tell(getattr(step.after, name)), style="dim") for _, name, tell in columns]
+            told = (f"  {step.text}", duration(step.seconds), str(len(step.rewrites)), str(len(step.skipped)))
+            table.add_row(*(Text(cell, style="dim") for cell in told), *inner, Text(error(step.error), style="dim"))
     if len(report.passes) > 1:
         table.add_section()
         seconds = duration(sum(item.seconds for item in report.passes))

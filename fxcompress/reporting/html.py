@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 from fxcompress.errors import PreconditionError
 from fxcompress.reporting import figures
 from fxcompress.reporting.model import Report
-from fxcompress.reporting.parts import PassReport
+from fxcompress.reporting.parts import Bar
 
 __all__ = ["render_html"]
 
@@ -84,20 +84,21 @@ def _pass(report: Report, index: int) -> dict[str, Any]:
             {"site": site.site, "result": site.result, "facts": _facts(site.detail)} for site in item.rewrites[:_ROWS]
         ],
         "more": max(0, len(item.rewrites) - _ROWS),
-        "widths": _widths(item),
+        "bars": [
+            {"title": f"{title} {len(bars)} layers, before and after", "lines": _lines(bars)}
+            for title, bars in (("width of", item.widths), ("weights that are not zero in", item.nonzeros))
+            if bars
+        ],
+        "steps": item.steps,
         "skips": [{"group": group, "sites": group.first_sites(6)} for group in figures.grouped_skips([item])],
     }
 
 
-def _widths(item: PassReport) -> list[dict[str, Any]]:
-    widest = max((bar.before for bar in item.widths), default=0.0)
+def _lines(bars: Sequence[Bar]) -> list[dict[str, Any]]:
+    widest = max(bar.before for bar in bars)
     return [
-        {
-            "told": bar,
-            "old_percent": _percent(bar.before, widest),
-            "new_percent": _percent(bar.after, widest),
-        }
-        for bar in item.widths
+        {"told": bar, "old_percent": _percent(bar.before, widest), "new_percent": _percent(bar.after, widest)}
+        for bar in bars
     ]
 
 

@@ -57,6 +57,8 @@ class PassReport:
         tolerance: what ``error`` had to stay within; None where any was allowed.
         note: one sentence more, or nothing.
         widths: channels of each layer that the pass resized, in the order of the graph.
+        nonzeros: weights that are not zero in each layer that the pass made sparse, likewise.
+        steps: what the passes did that this one ran, in order.
     """
 
     name: str
@@ -72,6 +74,8 @@ class PassReport:
     tolerance: float | None = None
     note: str = ""
     widths: list[Bar] = field(default_factory=list)
+    nonzeros: list[Bar] = field(default_factory=list)
+    steps: list[PassReport] = field(default_factory=list)
 
     @classmethod
     def from_record(cls, record: Any) -> PassReport:
@@ -92,13 +96,21 @@ class PassReport:
             error=record.error,
             tolerance=record.tolerance,
             note=result.note,
-            widths=_widths(result.rewrites),
+            widths=_bars(result.rewrites, "widths"),
+            nonzeros=_bars(result.rewrites, "nonzeros"),
+            steps=[_step(number, inner) for number, inner in getattr(result, "records", ())],
         )
 
 
-def _widths(rewrites: Iterable[Rewrite]) -> list[Bar]:
-    """From rewrites whose detail has ``"widths"``: layer → before and after."""
-    told = {layer: pair for item in rewrites for layer, pair in item.detail.get("widths", {}).items()}
+def _step(number: int, record: Any) -> PassReport:
+    made = PassReport.from_record(record)
+    made.text = f"round {number}: {made.text}"
+    return made
+
+
+def _bars(rewrites: Iterable[Rewrite], key: str) -> list[Bar]:
+    """From rewrites whose detail has ``key``: layer → before and after."""
+    told = {layer: pair for item in rewrites for layer, pair in item.detail.get(key, {}).items()}
     return [Bar(layer, before, after) for layer, (before, after) in told.items()]
 
 

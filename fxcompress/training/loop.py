@@ -21,6 +21,7 @@ from fxcompress.training.feed import Feed
 from fxcompress.training.history import Epoch, History
 from fxcompress.training.hooks import Hook, Run
 from fxcompress.training.keeping import Keeper
+from fxcompress.training.masks import HoldMasks
 from fxcompress.training.objective import Objective, Step
 from fxcompress.training.optimizers import make_optimizer, set_rates
 from fxcompress.training.options import TrainingOptions
@@ -48,8 +49,8 @@ def train(
     """Train a graph in place; it ends in eval mode, on the device where it was, with weights of its own.
 
     Tensors that the graph shares with anyone are copied first, so the user's model stays as it is. Parameters that do
-    not require gradients, and buffers such as integer weights, are left alone. The same seed on the same machine and
-    number of threads gives the same weights, interrupted or not.
+    not require gradients, and buffers such as integer weights, are left alone; weights that were made sparse keep their
+    zeros. The same seed on the same machine and number of threads gives the same weights, interrupted or not.
 
     Args:
         graph_module: a captured graph.
@@ -88,7 +89,7 @@ class _Session:
         progress: ProgressCall | None,
     ) -> None:
         self.graph_module, self.objective, self.options = graph_module, objective, options
-        self.hooks, self.engine, self.progress = hooks, engine, progress
+        self.hooks, self.engine, self.progress = (*hooks, HoldMasks()), engine, progress
         self.feed = Feed(
             graph_module,
             data,
@@ -106,12 +107,12 @@ class _Session:
         graph_module.eval()
         objective.start(self._first_batch, engine.device, options.seed)
         objective.to(engine.device)
-        groups = [group for hook in hooks for group in hook.parameter_groups(graph_module)]
+        groups = [group for hook in self.hooks for group in hook.parameter_groups(graph_module)]
         optimizer = make_optimizer(graph_module, objective, options, groups)
         self.run = Run(graph_module, optimizer, total, engine.device, main=engine.main)
         self.run.history.metric = self.validation.name
         self.average = Average(graph_module, options.ema) if options.ema is not None else None
-        self.keeper = Keeper(self.run, options, hooks, objective, self.feed, self.average, self.validation, engine)
+        self.keeper = Keeper(self.run, options, self.hooks, objective, self.feed, self.average, self.validation, engine)
         self.position = 0  # steps of this epoch that are done
         self.pending: list[torch.Tensor] = []
         self.told = 0.0

@@ -16,10 +16,15 @@ __all__ = ["detail_of", "note_of"]
 
 
 def detail_of(
-    site: Site, weight: torch.Tensor, moment: torch.Tensor | None, pattern: str, method: str
+    site: Site,
+    weight: torch.Tensor,
+    moment: torch.Tensor | None,
+    pattern: str,
+    method: str,
+    before: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """Of one site: its new ``weight`` against the one it holds."""
-    old = site.weight
+    """Of one site: its new ``weight`` against the one ``before``, by default the one that it holds."""
+    old = site.weight if before is None else before
     difference = (old - weight).double()
     zeros = int((weight == 0).sum())
     detail: dict[str, Any] = {
