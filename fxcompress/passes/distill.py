@@ -76,7 +76,7 @@ class Distill(TrainingOptions, Pass):
         weights = Weights(self.alpha, self.temperature, self.match, self.feature_weight, self.feature_loss)
         skipped = tuple(Skip(path, code, reason) for path, code, reason in frozen_layers(graph_module))
         with distillation(graph_module, known, self.loss, weights, pairs) as objective:
-            history = train(graph_module, self.loader, objective, self, progress=context.progress)
+            history = train(graph_module, self.loader, objective, self, hooks=context.hooks, progress=context.progress)
         facts = {"teachers": len(known), "labels": objective.labelled, "features": pairs}
         rewrite = Rewrite("all", f"distilled in {history.steps} steps", {**history.detail(), **facts})
         note = history.summary() + ("" if objective.labelled else "; from the teacher alone, without labels")
