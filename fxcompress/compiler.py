@@ -86,7 +86,7 @@ def compile(
             check = check_capture(source, captured, leaves)
         manager = PassManager(steps, prove=verify)
         latency = latency_on(leaves, lowering) if leaves is not None else None
-        context = PassContext(example_inputs=leaves, original=captured, latency=latency)
+        context = PassContext(example_inputs=leaves, original=captured, latency=latency, progress=bar.part)
         run = manager.run(
             captured,
             context,

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxcompress.errors import PreconditionError
 from fxcompress.reporting import figures
+from fxcompress.reporting.charts import HEIGHT, WIDTH, chart
 from fxcompress.reporting.model import Report
 from fxcompress.reporting.parts import Bar
 
@@ -49,6 +50,7 @@ def render_html(report: Report) -> str:
         passes=[_pass(report, index) for index in range(len(report.passes))],
         latency=_latency(report),
         layers=_layers(report),
+        box=(WIDTH, HEIGHT),
     )
 
 
@@ -89,6 +91,7 @@ def _pass(report: Report, index: int) -> dict[str, Any]:
             for title, bars in (("width of", item.widths), ("weights that are not zero in", item.nonzeros))
             if bars
         ],
+        "charts": [drawn for drawn in map(chart, item.curves) if drawn is not None],
         "steps": item.steps,
         "skips": [{"group": group, "sites": group.first_sites(6)} for group in figures.grouped_skips([item])],
     }
@@ -105,6 +108,8 @@ def _lines(bars: Sequence[Bar]) -> list[dict[str, Any]]:
 def _facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
     told: list[tuple[str, str]] = []
     for name, value in detail.items():
+        if name == "curves":
+            continue  # they are drawn
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         told.append((str(name), text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"))
     return told

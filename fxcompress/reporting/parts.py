@@ -10,7 +10,7 @@ from fxcompress.analysis.cost import Cost
 from fxcompress.passes.base import Rewrite, Skip
 from fxcompress.reporting.values import from_json, to_json
 
-__all__ = ["Bar", "CaptureReport", "EngineReport", "Latency", "PassReport"]
+__all__ = ["Bar", "CaptureReport", "Curve", "EngineReport", "Latency", "PassReport"]
 
 
 @dataclass
@@ -40,6 +40,14 @@ class Bar:
 
 
 @dataclass
+class Curve:
+    """A line of a chart: ``(step, value)``, such as the loss of a run of training."""
+
+    name: str
+    points: list[tuple[float, float]]
+
+
+@dataclass
 class PassReport:
     """What one pass did.
 
@@ -59,6 +67,7 @@ class PassReport:
         widths: channels of each layer that the pass resized, in the order of the graph.
         nonzeros: weights that are not zero in each layer that the pass made sparse, likewise.
         steps: what the passes did that this one ran, in order.
+        curves: loss and metric over the steps of a pass that trains.
     """
 
     name: str
@@ -76,6 +85,7 @@ class PassReport:
     widths: list[Bar] = field(default_factory=list)
     nonzeros: list[Bar] = field(default_factory=list)
     steps: list[PassReport] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
 
     @classmethod
     def from_record(cls, record: Any) -> PassReport:
@@ -98,6 +108,7 @@ class PassReport:
             note=result.note,
             widths=_bars(result.rewrites, "widths"),
             nonzeros=_bars(result.rewrites, "nonzeros"),
+            curves=_curves(result.rewrites),
             steps=[_step(number, inner) for number, inner in getattr(result, "records", ())],
         )
 
@@ -112,6 +123,15 @@ def _bars(rewrites: Iterable[Rewrite], key: str) -> list[Bar]:
     """From rewrites whose detail has ``key``: layer → before and after."""
     told = {layer: pair for item in rewrites for layer, pair in item.detail.get(key, {}).items()}
     return [Bar(layer, before, after) for layer, (before, after) in told.items()]
+
+
+def _curves(rewrites: Iterable[Rewrite]) -> list[Curve]:
+    """From rewrites whose detail has ``"curves"``: name → points."""
+    return [
+        Curve(name, [(float(x), float(y)) for x, y in points])
+        for item in rewrites
+        for name, points in item.detail.get("curves", {}).items()
+    ]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
 from fxcompress.errors import OptionError
@@ -43,10 +43,12 @@ class Progress:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[told]}", style="dim"),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task("", total=total, told="")
+            self._part: TaskID | None = None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -64,8 +66,19 @@ class Progress:
         if self._call is not None:
             self._call(self._done, self._total, what)
         if self._bar is not None:
+            if self._part is not None:
+                self._bar.remove_task(self._part)
+                self._part = None
             self._bar.update(self._task, description=what, completed=self._done)
         self._done += 1
+
+    def part(self, done: int, total: int, what: str) -> None:
+        """How far a long step is, on a line of its own: ``what`` is what it has to tell, a loss for instance."""
+        if self._bar is None:
+            return
+        if self._part is None:
+            self._part = self._bar.add_task("", total=total or None, told="")
+        self._bar.update(self._part, completed=done, total=total or None, told=what)
 
     def detail(self, what: str) -> None:
         """What the present step is doing."""

@@ -65,16 +65,19 @@ class History:
             "steps": self.steps,
             "seconds": round(self.seconds, 2),
             "stopped": self.stopped,
-            "loss_curve": [[step, round(loss, 6)] for step, loss in self.curve()],
         }
+        curves = {"loss": [[step, round(loss, 6)] for step, loss in self.curve()]}
         if self.metric:
             found |= {"metric": self.metric, "before": self.before, "after": self.after}
-            found["metric_curve"] = [[item.step, item.metric] for item in self.epochs if item.metric is not None]
+            measured = [[item.step, item.metric] for item in self.epochs if item.metric is not None]
+            start = [[0, self.before]] if self.before is not None else []
+            # A metric named "loss" is that of the validation data.
+            curves["validation loss" if self.metric == "loss" else self.metric] = start + measured
         if self.best_epoch is not None:
             found["best_epoch"] = self.best_epoch
         if self.resumed_at:
             found["resumed_at"] = self.resumed_at
-        return found
+        return {**found, "curves": curves}
 
     def summary(self) -> str:
         """One sentence."""
