@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
 from torch import fx
 from torch.fx.node import map_arg
 
@@ -43,11 +41,9 @@ def insert_stubs(graph_module: fx.GraphModule, scheme: Scheme, ignored: Callable
 
 
 def _insert(editor: GraphEditor, path: str, value: fx.Node, readers: set[fx.Node] | None) -> None:
-    before = (
-        next(node for node in editor.graph.nodes if node.op != "placeholder") if value.op == "placeholder" else None
-    )
-    place: dict[str, Any] = {"after": value} if before is None else {"before": before}
-    stub = editor.insert_module(path, (value,), like=value, **place)
+    # Inputs stand together; weights that are read directly may stand among them.
+    place = value if value.op != "placeholder" else editor.graph.find_nodes(op="placeholder")[-1]
+    stub = editor.insert_module(path, (value,), like=value, after=place)
     if readers is None:
         editor.replace(value, stub)
         return
