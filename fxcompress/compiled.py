@@ -184,7 +184,7 @@ def build_engine(
         proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in)
         context.verify, context.reference = proof.of, proof.reference
     engine = backend.build(graph_module, output, context)
-    report.engine = EngineReport.from_engine(engine)
+    report.engine = EngineReport.from_engine(engine, report.passes)
     return engine
 
 

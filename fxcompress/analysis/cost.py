@@ -31,12 +31,20 @@ class Cost:
         bytes: of parameters, buffers and constants; memory shared by several counts once.
         activation_peak_bytes: most bytes of inputs and intermediate results alive at once when nodes run in order;
             see :mod:`fxcompress.analysis.memory`. None for a graph without shapes.
+        stored_bytes: of the same as an engine stores them, where that is less than ``bytes``: weights behind
+            quantization stubs are integers there, and floating point in PyTorch, where they can still be trained.
     """
 
     parameters: int
     macs: int | None
     bytes: int
     activation_peak_bytes: int | None
+    stored_bytes: int | None = None
+
+    @property
+    def engine_bytes(self) -> int:
+        """Bytes of weights in an engine."""
+        return self.bytes if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,25 @@ def cost(graph_module: fx.GraphModule, *, batch: int = 1) -> Cost:
     counted = 0
     for node in graph_module.graph.nodes if sizes.known else ():
         counted += macs(node, module_of(graph_module, node), sizes.of)
+    total = sum(length for _, length in held)
+    saved = _saved_by_engines(graph_module)
     return Cost(
         parameters=sum(elements for elements, _ in held),
         macs=counted if sizes.known else None,
-        bytes=sum(length for _, length in held),
+        bytes=total,
         activation_peak_bytes=activation_peak(graph_module, sizes) if sizes.known else None,
+        stored_bytes=total - saved if saved else None,
     )
+
+
+def _saved_by_engines(graph_module: fx.GraphModule) -> int:
+    """Bytes that engines save, as layers say in ``stored_as``: name of a tensor → its dtype there."""
+    saved: dict[int, int] = {}
+    for module in graph_module.modules():
+        for name, dtype in getattr(module, "stored_as", {}).items():
+            tensor = getattr(module, name)
+            saved[id(tensor)] = tensor.numel() * (tensor.element_size() - dtype.itemsize)
+    return sum(saved.values())
 
 
 def node_costs(graph_module: fx.GraphModule, *, batch: int = 1) -> list[NodeCost]:

@@ -46,6 +46,8 @@ class BuildContext:
             that cannot run on this machine.
         instead: what was verified in the place of such an engine; a sentence for the manifest, after the reason.
         reference: gives inputs and PyTorch's outputs to keep in the bundle, for ``fxcompress verify``.
+        sources: filled in by a backend that knows: name of a node of the engine → the node of the graph that it
+            came from.
     """
 
     passes: Sequence[PassRecord] = ()
@@ -55,6 +57,7 @@ class BuildContext:
     verify: Callable[[Engine], Mapping[str, Any]] | None = None
     instead: str = ""
     reference: Callable[[], Reference] | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(ABC):
@@ -108,6 +111,16 @@ class Backend(ABC):
         """Open what :meth:`write` has just written here; :meth:`load`, which need not trust what it reads, will do."""
         return type(self).load(path, manifest)
 
+    def examine(self, engine: Engine, graph_module: fx.GraphModule, context: BuildContext) -> Mapping[str, Any]:
+        """Figures for the manifest that only the engine tells: nothing, unless a backend has some.
+
+        Args:
+            engine: that was just built from ``graph_module``.
+            graph_module: a captured graph.
+            context: of the build.
+        """
+        return {}
+
     # -- done here ---------------------------------------------------------------------------------------------
 
     def build(self, graph_module: fx.GraphModule, output: str | Path | None, context: BuildContext) -> Engine:
@@ -156,6 +169,7 @@ class Backend(ABC):
                     skipped = {"skipped": "; ".join(filter(None, (engine.unavailable, context.instead)))}
                     found = skipped if engine.unavailable else dict(context.verify(engine))
                     context.measurements["verification"] = found
+                context.measurements.update(self.examine(engine, graph_module, context))
                 if context.reference is not None:
                     left_out = write_reference(writer.directory, context.reference())
                     context.measurements |= {"reference": left_out} if left_out else {}

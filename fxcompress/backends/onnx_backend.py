@@ -44,15 +44,21 @@ class OnnxBackend(Backend):
         # Loading an engine shall not need the exporter, so it is imported where a graph is lowered.
         from fxcompress.backends.onnx_export import write_onnx
 
-        write_onnx(
+        written = write_onnx(
             graph_module,
             directory / MODEL_FILE,
             input_names=[spec.name for spec in signature.inputs],
             output_names=[spec.name for spec in signature.outputs],
             opset=self.opset,
             simplify=self.simplify,
+            onnxruntime_only=self.onnxruntime_only(graph_module),
             progress=context.progress,
         )
+        context.sources = written.sources
+
+    def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:
+        """Whether the file may hold operators that only ONNX Runtime has."""
+        return False
 
     def _require(self, right: bool, option: str, value: Any, remedy: str) -> None:
         if not right:

@@ -20,7 +20,7 @@ __all__ = ["clean_up", "resolve_casts"]
 
 def clean_up(
     model: ir.Model, input_names: Sequence[str], output_names: Sequence[str], dim_names: Mapping[str, str]
-) -> None:
+) -> dict[str, str]:
     """Inline functions, name nodes, inputs, outputs and sizes, make ``CastLike`` a ``Cast``. Changes ``model``.
 
     Args:
@@ -28,6 +28,9 @@ def clean_up(
         input_names: one per graph input.
         output_names: one per graph output.
         dim_names: readable names of symbolic sizes, by symbol.
+
+    Returns:
+        name of an ONNX node → name of the node of the captured graph that it came from.
     """
     if model.functions:
         InlinePass()(model)
@@ -35,17 +38,22 @@ def clean_up(
     _plain_outputs(model.graph)
     _name_ends(model.graph, input_names, output_names)
     taken: dict[str, int] = {}
+    sources: dict[str, str] = {}
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type == "CastLike":
             _cast_like(node)
         elif node.op_type == "Split" and len(node.inputs) == 2:
             node.attributes.pop("num_outputs", None)
         node.name = _node_name(node, taken)
+        origin = node.meta.get("node")
+        if isinstance(origin, fx.Node) and "source" in origin.meta:
+            sources[node.name] = origin.meta["source"]
         node.metadata_props.clear()
     for value in _values(model.graph):
         value.metadata_props.clear()
         if value.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in value.shape):
             value.shape = ir.Shape([_size(size, dim_names) for size in value.shape])
+    return sources
 
 
 def _size(size: Any, dim_names: Mapping[str, str]) -> int | str | None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class OnnxFile:
         outputs: in order.
         opset: of the default domain.
         notes: sentences for the report.
+        sources: name of an ONNX node → name of the node of the captured graph that it came from.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class OnnxFile:
     outputs: tuple[TensorSpec, ...]
     opset: int
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_onnx(
@@ -67,6 +69,7 @@ def write_onnx(
     output_names: Sequence[str] | None = None,
     opset: int | None = None,
     simplify: bool = True,
+    onnxruntime_only: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> OnnxFile:
     """Write a captured graph as ONNX, with the dynamic sizes that it has.
@@ -78,6 +81,7 @@ def write_onnx(
         output_names: None takes the keys of what the model returns, or ``output``, ``output_0`` …
         opset: None takes the exporter's default.
         simplify: run onnxsim and compute what depends on weights alone.
+        onnxruntime_only: write operators that only ONNX Runtime has where that makes it faster.
         progress: called with a few words before each step.
 
     Raises:
@@ -90,7 +94,7 @@ def write_onnx(
     inputs = _renamed(signature.inputs, input_names, "inputs")
     outputs = _renamed(signature.outputs, output_names, "outputs")
     tell("translate to ONNX")
-    exported, notes = _export(graph_module, opset)
+    exported, notes = _export(graph_module, opset, onnxruntime_only)
     found = exported.opset_imports.get("", 0)
     if opset is not None and found != opset:
         raise BackendError(
@@ -99,7 +103,7 @@ def write_onnx(
             remedy=f"ask for opset {found}, or None",
         )
     names = [spec.name for spec in inputs], [spec.name for spec in outputs]
-    clean_up(exported, *names, info(graph_module).dim_names)
+    sources = clean_up(exported, *names, info(graph_module).dim_names)
     weights = strip_weights(exported)
     model = resolve_casts(ir.to_proto(exported))
     _forget_sizes(model.graph.output)
@@ -121,7 +125,7 @@ def write_onnx(
         raise BackendError(
             f"the ONNX file cannot be written: {error}", where=str(path), remedy="give a path in a writable directory"
         ) from error
-    return OnnxFile(path, beside, inputs, outputs, found, tuple(notes))
+    return OnnxFile(path, beside, inputs, outputs, found, tuple(notes), sources)
 
 
 def _renamed(specs: Sequence[TensorSpec], names: Sequence[str] | None, what: str) -> tuple[TensorSpec, ...]:
@@ -139,12 +143,13 @@ def _renamed(specs: Sequence[TensorSpec], names: Sequence[str] | None, what: str
 # --- translation -----------------------------------------------------------------------------------------------------
 
 
-def _export(graph_module: fx.GraphModule, opset: int | None) -> tuple[ir.Model, list[str]]:
+def _export(graph_module: fx.GraphModule, opset: int | None, onnxruntime_only: bool) -> tuple[ir.Model, list[str]]:
     program = OnnxReadyProgram.of(graph_module)
     # What the exporter asks about sizes must not become facts about the symbols, which are the graph's own.
     with no_guards(info(graph_module).fake_mode):
         try:
-            return _translate(program, opset, translation_table(onnxscript.opset18, opset or 0, _contributed)), []
+            table = translation_table(onnxscript.opset18, opset or 0, _contributed, onnxruntime_only=onnxruntime_only)
+            return _translate(program, opset, table), []
         except torch.onnx.errors.OnnxExporterError as error:
             first = error
         # torch's own road: slow, for it traces the whole model again, but it may know something that ours does not.

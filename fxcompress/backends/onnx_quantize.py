@@ -14,12 +14,12 @@ import torch
 
 import fxcompress.quantization.operators  # noqa: F401  defines the operators that are translated here
 
-__all__ = ["quantize_translation"]
+__all__ = ["onnxruntime_translation", "quantize_translation"]
 
 aten = torch.ops.aten
 
 # Numbers of onnx.TensorProto.DataType, and what they hold.
-_FLOAT, _UINT8, _INT8 = 1, 2, 3
+_FLOAT, _UINT8, _INT8, _INT32 = 1, 2, 3, 6
 _RANGES = {_UINT8: (0, 255), _INT8: (-128, 127)}
 
 
@@ -45,6 +45,64 @@ def _mat_mul_n_bits() -> onnx.defs.OpSchema:
         type_constraints=[(name, types, "") for name, types in kinds.items()],
         attributes=[schema.Attribute(name, schema.AttrType.INT) for name in ("K", "N", "bits", "block_size")],
     )
+
+
+def _step(value: Any) -> Any:
+    """The scale of a value that is dequantized, or was and has been moved since; None of any other."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in ("Reshape", "Transpose"):
+        producer = producer.inputs[0].producer()
+    return producer.inputs[1] if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _quick_gelu() -> onnx.defs.OpSchema:
+    """ONNX Runtime's operator for x · sigmoid(alpha · x)."""
+    schema = onnx.defs.OpSchema
+    return schema(
+        "QuickGelu",
+        "com.microsoft",
+        1,
+        inputs=[schema.FormalParameter("X", "T")],
+        outputs=[schema.FormalParameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[schema.Attribute("alpha", schema.AttrType.FLOAT)],
+    )
+
+
+def onnxruntime_translation(
+    op: Any, contributed: Callable[[onnx.defs.OpSchema], Callable[..., Any]]
+) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Entries for graphs with stubs that only ONNX Runtime shall have.
+
+    * SiLU is one operator of its own. It finds x · sigmoid(x) by itself, but not where x is dequantized: each of the
+      two readers has a ``DequantizeLinear`` of its own by then.
+    * The bias of a linear layer on quantized inputs is an integer on the grid of its products. Where the layer's result
+      is quantized ONNX Runtime sees to that by itself; where it is not, the layer would be in floating point.
+    """
+
+    def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+        swapped = [*range(len(weight.shape) - 2), len(weight.shape) - 1, len(weight.shape) - 2]
+        if bias is None or len(input.shape) != 2 or len(weight.shape) != 2:
+            product = op.MatMul(input, op.Transpose(weight, perm=swapped))
+            return product if bias is None else op.Add(product, bias)
+        steps = [_step(value) for value in (input, weight)]
+        if all(step is not None for step in steps):
+            step = op.Mul(*steps)
+            integers = op.Cast(op.Round(op.Div(bias, step)), to=_INT32)
+            # Of one axis there is one scale per entry, or one for all.
+            bias = (
+                op.DequantizeLinear(integers, step, axis=0)
+                if len(steps[1].shape)
+                else op.DequantizeLinear(integers, step)
+            )
+        return op.Gemm(input, weight, bias, transB=1)
+
+    def silu(self: Any) -> Any:
+        if int(self.dtype) != _FLOAT:
+            return op.Mul(self, op.Sigmoid(self))
+        return contributed(_quick_gelu())(self, alpha=1.0)
+
+    return {aten.silu.default: silu, aten.linear.default: linear}
 
 
 def quantize_translation(

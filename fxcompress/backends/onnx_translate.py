@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxcompress.backends.onnx_quantize import quantize_translation
+from fxcompress.backends.onnx_quantize import onnxruntime_translation, quantize_translation
 from fxcompress.backends.onnx_recurrent import recurrent_translation
 
 __all__ = ["translation_table"]
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def translation_table(
-    op: Any, opset: int, contributed: Callable[..., Any]
+    op: Any, opset: int, contributed: Callable[..., Any], *, onnxruntime_only: bool = False
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(custom_translation_table=)``.
 
@@ -32,6 +32,7 @@ def translation_table(
         op: the ONNX opset to write with, ``onnxscript.opset18``.
         opset: of the file; some operations are new in a later one.
         contributed: from the schema of an operator that is not ONNX's own to a function that writes it.
+        onnxruntime_only: whether operators may be used that no other engine has.
     """
 
     def batch_norm(
@@ -136,6 +137,8 @@ def translation_table(
     }
     if opset < _OWN_RMS_NORM:
         table[aten.rms_norm.default] = rms_norm
+    if onnxruntime_only:
+        table.update(onnxruntime_translation(op, contributed))
     return table
 
 

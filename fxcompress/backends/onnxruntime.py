@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -13,10 +13,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from torch import fx
 
+from fxcompress.backends.base import BuildContext
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
+from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized
 from fxcompress.backends.tensors import Array, numpy_dtype
 from fxcompress.errors import BackendError, nearest
 
@@ -69,6 +72,19 @@ class OnnxRuntime(OnnxBackend):
             self._require(provider in known, "providers", provider, nearest(str(provider), known))
         level = self.optimization_level
         self._require(level in get_args(OptimizationLevel), "optimization_level", level, nearest(str(level), _LEVELS))
+
+    def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:
+        """Quantized graphs use operators that other engines lack; the file of any other graph is for everybody."""
+        return is_quantized(graph_module)
+
+    def examine(self, engine: Engine, graph_module: fx.GraphModule, context: BuildContext) -> Mapping[str, Any]:
+        """What runs in integers, where anything should; see :mod:`fxcompress.backends.onnxruntime_kernels`."""
+        if not is_quantized(graph_module):
+            return {}
+        assert isinstance(engine, OnnxRuntimeEngine)
+        exported = onnx.load(engine.path / MODEL_FILE, load_external_data=False)
+        nodes = exported.graph.node, engine.optimized_graph().node
+        return {"integer_share": integer_share(graph_module, *nodes, context.sources)}
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OnnxRuntimeEngine:
@@ -142,6 +158,14 @@ class OnnxRuntimeEngine(Engine):
         Raises:
             BackendError: the engine is closed, or ONNX Runtime cannot write the optimized model.
         """
+        return dict(Counter(_op_types(self.optimized_graph().node)).most_common())
+
+    def optimized_graph(self) -> onnx.GraphProto:
+        """The graph as ONNX Runtime runs it, without its larger weights.
+
+        Raises:
+            BackendError: the engine is closed, or ONNX Runtime cannot write the optimized model.
+        """
         if self._closed:
             raise self._cannot_run()
         with tempfile.TemporaryDirectory() as directory:
@@ -152,8 +176,7 @@ class OnnxRuntimeEngine(Engine):
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
             _open(self.path / MODEL_FILE, self.backend, options)
-            model = onnx.load(target, load_external_data=False)
-        return dict(Counter(_op_types(model.graph.node)).most_common())
+            return onnx.load(target, load_external_data=False).graph
 
     def _check_against_manifest(self) -> list[str]:
         """The names of the inputs to feed; an input that nothing reads may have been dropped from the model."""

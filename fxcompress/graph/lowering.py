@@ -77,7 +77,7 @@ class Lowering:
         results: tuple[Any, ...] = ()
         for node in self._graph_module.graph.nodes:
             self.source = node
-            self._meta = {key: value for key, value in node.meta.items() if key != "val"}
+            self._meta = {key: value for key, value in node.meta.items() if key != "val"} | {"source": node.name}
             if node.op == "output":
                 results = tuple(self._read(node.args[0]))
                 self.graph.output(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+
 from torch import fx
 from torch.fx.node import map_arg
 

@@ -27,6 +27,11 @@ class _Quantized:
 
     weight_quantizer: Quantizer
 
+    @property
+    def stored_as(self) -> dict[str, torch.dtype]:
+        """What engines hold the weight as, once it is calibrated."""
+        return {"weight": torch.int8} if self.weight_quantizer.enabled else {}
+
 
 class QuantizedLinear(_Quantized, nn.Linear):
     """A linear layer with a quantized weight; shapes as :class:`torch.nn.Linear`."""

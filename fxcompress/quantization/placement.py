@@ -152,13 +152,15 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
             integer.add(node)
         elif node.target in _FLOAT_ACTIVATIONS:
             integer.add(node)
+    _keep_gates(active)
     _drop_useless(active, layers)
     placement.operations = set(active)
     scales = _Scales()
     for node in (n for n in graph_module.graph.nodes if n in active):
         inputs = _tensors(node)
         for value in (*inputs, node):
-            scales.add(value)
+            if value is not node or not _gives_floats(graph_module, node, active):
+                scales.add(value)
         if node.target in _SAME_SCALE:
             for value in inputs:
                 scales.join(value, node)
@@ -167,6 +169,32 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
         if not _is_clipped(value, active):
             placement.values[value] = number
             placement.readers[value] = None
+
+
+def _gives_floats(graph_module: fx.GraphModule, node: fx.Node, active: set[fx.Node]) -> bool:
+    """Whether a linear layer's result is only read in floating point; the integer kernel gives that as it is."""
+    is_linear = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Linear)
+    return is_linear and not any(user in active for user in node.users)
+
+
+def _keep_gates(active: set[fx.Node]) -> None:
+    """A product right behind an activation in floating point is computed there too, and rounded once instead of twice.
+
+    Such is squeeze-and-excitation behind a SiLU: the activation's other readers are the poolings of the gate, small
+    in what they give, which read floating point as well.
+    """
+    for node in [node for node in active if node.target is aten.mul.Tensor]:
+        for value in _tensors(node):
+            others = [user for user in value.users if user is not node]
+            whole = list(value.meta["val"].shape) == list(node.meta["val"].shape)
+            if value.target in _FLOAT_ACTIVATIONS and whole and all(_is_global_pool(user) for user in others):
+                active.difference_update((node, *others))
+
+
+def _is_global_pool(node: fx.Node) -> bool:
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return all(size == 1 for size in call_arguments(node)["output_size"])
+    return _is_image_mean(node)
 
 
 def _drop_useless(active: set[fx.Node], layers: set[fx.Node]) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fxcompress.analysis.cost import Cost
 from fxcompress.reporting.figures import change, count, duration, error, grouped_skips, size, times_faster
+from fxcompress.reporting.integers import IntegerShare
 from fxcompress.reporting.model import Report
 from fxcompress.reporting.parts import EngineReport, PassReport
 
@@ -22,7 +23,7 @@ _Column: TypeAlias = tuple[str, str, Callable[[float | None], str]]
 _COLUMNS: tuple[_Column, ...] = (
     ("params", "parameters", count),
     ("MACs", "macs", count),
-    ("weights", "bytes", size),
+    ("weights", "engine_bytes", size),
     ("activations", "activation_peak_bytes", size),
 )
 
@@ -52,11 +53,15 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
     if report.passes:
         yield _passes(report, width)
         yield from _sentences(report)
+        yield from _storage(report)
     skips = _skips(report)
     if skips is not None:
         yield skips
     if report.engine is not None:
         yield _engine(report.engine)
+        if report.engine.integers is not None:
+            yield _integers(report.engine.integers)
+            yield from _floating(report.engine.integers)
         if report.engine.latency:
             yield _latency(report.engine)
 
@@ -131,6 +136,14 @@ def _sentences(report: Report) -> Iterator[Text]:
             yield Text(f"  {item.name}: {item.note}")
 
 
+def _storage(report: Report) -> Iterator[Text]:
+    """Both sizes of quantized weights."""
+    last = report.after
+    if last is not None and last.stored_bytes is not None:
+        told = f"weights: {size(last.stored_bytes)} as engines store them, {size(last.bytes)} in PyTorch (to train on)"
+        yield Text(f"  {told}")
+
+
 def _skips(report: Report) -> Table | None:
     groups = grouped_skips(report.passes)
     if not groups:
@@ -167,6 +180,32 @@ def _engine(engine: EngineReport) -> Text:
         text.append(f", not verified: {engine.unverified}", style="yellow")
     text.append(f"\n  {engine.path}", style="dim")
     return text
+
+
+def _integers(share: IntegerShare) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("in integers", overflow="fold")
+    for name in ("runs", "of", "MACs", "of"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in share.kinds:
+        whole = kind.integer == kind.count
+        macs = (count(kind.integer_macs), count(kind.macs)) if kind.macs else ("", "")
+        table.add_row(
+            Text(kind.kind), Text(str(kind.integer), style="green" if whole else "yellow"), str(kind.count), *macs
+        )
+    if share.macs_share is not None:
+        table.add_section()
+        table.add_row("share of all MACs", "", "", f"{100 * share.macs_share:.1f}%", "", style="bold")
+    return table
+
+
+def _floating(share: IntegerShare) -> Iterator[Text]:
+    """Why the rest is in floating point, reason by reason."""
+    for reason, sites in share.reasons().items():
+        text = Text.assemble("  in floating point: ", (f"{len(sites)}× ", "yellow"), reason, " (")
+        text.append(", ".join(site.site for site in sites[:3]), style="dim")
+        text.append(f" and {len(sites) - 3} more)" if len(sites) > 3 else ")")
+        yield text
 
 
 def _latency(engine: EngineReport) -> Table:

@@ -21,7 +21,7 @@ _TEXT = 160  # characters of one value of a rewrite's detail
 _COLUMNS = (
     ("Parameters", "parameters", figures.count),
     ("MACs", "macs", figures.count),
-    ("Weights", "bytes", figures.size),
+    ("Weights", "engine_bytes", figures.size),
     ("Activations, peak", "activation_peak_bytes", figures.size),
 )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fxcompress.analysis.cost import Cost
 from fxcompress.passes.base import Rewrite, Skip
+from fxcompress.reporting.integers import IntegerShare
 from fxcompress.reporting.values import from_json, to_json
 
 __all__ = ["Bar", "CaptureReport", "Curve", "EngineReport", "Latency", "PassReport"]
@@ -165,6 +166,7 @@ class EngineReport:
         verified: the sizes at which engine and PyTorch were compared: ``["x[2, 3, 8, 8]", "x[3, 3, 8, 8]"]``.
         unverified: why they were not, or nothing.
         latency: what was measured, the engine first; empty if nothing was.
+        integers: what of a quantized model runs in integers; None where nothing was quantized, or no engine tells.
     """
 
     backend: str
@@ -176,14 +178,16 @@ class EngineReport:
     verified: list[str] = field(default_factory=list)
     unverified: str = ""
     latency: list[Latency] = field(default_factory=list)
+    integers: IntegerShare | None = None
 
     @classmethod
-    def from_engine(cls, engine: Any) -> EngineReport:
-        """The account of an engine, from its manifest."""
+    def from_engine(cls, engine: Any, passes: Iterable[PassReport] = ()) -> EngineReport:
+        """The account of an engine, from its manifest; ``passes`` tell why layers were left in floating point."""
         manifest = engine.manifest
         found: Mapping[str, Any] = manifest.measurements.get("verification") or {}
         names = [spec.name for spec in manifest.inputs]
         sets = found.get("input_shapes", [])
+        integers = manifest.measurements.get("integer_share")
         unverified = str(found.get("skipped", "" if found else "no example inputs, or verify=False"))
         return cls(
             backend=str(manifest.backend),
@@ -194,6 +198,7 @@ class EngineReport:
             tolerance=found.get("tolerance"),
             verified=[", ".join(f"{n}{list(s)}" for n, s in zip(names, shapes, strict=False)) for shapes in sets],
             unverified=unverified,
+            integers=IntegerShare.of(integers, (s for item in passes for s in item.skipped)) if integers else None,
         )
 
     def add_timings(self, result: Any, *, batch: int | None = None) -> None:

@@ -173,9 +173,10 @@ def test_build_hands_names_and_options_to_the_exporter(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def write_onnx(graph_module: fx.GraphModule, path: Path, **options: Any) -> None:
+    def write_onnx(graph_module: fx.GraphModule, path: Path, **options: Any) -> types.SimpleNamespace:
         seen.update(options)
         path.write_bytes(model(["batch", 3], ["batch", 3], result="o"))
+        return types.SimpleNamespace(sources={})
 
     exporter = types.ModuleType("fxcompress.backends.onnx_export")
     exporter.write_onnx = write_onnx  # type: ignore[attr-defined]
@@ -192,6 +193,7 @@ def test_build_hands_names_and_options_to_the_exporter(
         captured(Activation(), (x,)), tmp_path / "e", context
     )
     assert seen.pop("progress") is context.progress
+    assert not seen.pop("onnxruntime_only")
     assert seen == {"input_names": ["x"], "output_names": ["o"], "opset": 20, "simplify": False}
     assert torch.equal(engine(x)["o"], x.relu())
     assert {"onnx", "onnxruntime", "onnxsim", "onnxscript", "torch"} <= engine.manifest.versions.keys()
