@@ -4,6 +4,7 @@ from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewr
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_precision import ConvertPrecision
 from fxcompress.passes.distill import Distill
+from fxcompress.passes.correct_bias import CorrectBias
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fine_tune import FineTune
@@ -16,12 +17,14 @@ from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.sparsify_weights import SparsifyWeights
+from fxcompress.passes.round_adaptively import RoundAdaptively
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
     "Calibrate",
     "ConvertPrecision",
     "Distill",
+    "CorrectBias",
     "FactorizeConv",
     "FactorizeLinear",
     "FineTune",
@@ -39,6 +42,7 @@ __all__ = [
     "QuantizeDynamic",
     "QuantizeWeights",
     "Rewrite",
+    "RoundAdaptively",
     "Skip",
     "SparsifyWeights",
     "SubstituteDepthwiseSeparable",

@@ -8,9 +8,10 @@ from typing import Any
 from fxcompress.quantization.calibrate import Calibrated
 from fxcompress.quantization.noise import Noise
 from fxcompress.quantization.placement import Placement
+from fxcompress.quantization.repair import Repaired
 from fxcompress.quantization.schemes import Scheme
 
-__all__ = ["described", "layer_details"]
+__all__ = ["described", "layer_details", "repair_details"]
 
 
 def layer_details(
@@ -47,4 +48,16 @@ def described(grid: Calibrated, users: Sequence[str] = ()) -> dict[str, Any]:
         told["read_by"] = list(users)
     if grid.note:
         told["note"] = grid.note
+    return told
+
+
+def repair_details(repaired: Repaired) -> dict[str, Any]:
+    """What a repair did to one layer, as plain values."""
+    told: dict[str, Any] = {
+        "signal_to_noise_db_before": Noise(repaired.signal, repaired.noise).decibels,
+        "signal_to_noise_db": Noise(repaired.signal, repaired.left).decibels,
+        "largest_shift": repaired.shift,
+    }
+    if repaired.weight is not None:
+        told["weights_not_to_nearest"] = repaired.flipped
     return told
