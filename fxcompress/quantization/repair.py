@@ -215,5 +215,3 @@ def _activation(node: fx.Node) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if any(isinstance(item, fx.Node) for item in (*args, *kwargs.values())):
         return None
     return lambda x: target(x, *args, **kwargs)
-
-
