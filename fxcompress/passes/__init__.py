@@ -5,6 +5,7 @@ from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_precision import ConvertPrecision
 from fxcompress.passes.distill import Distill
 from fxcompress.passes.correct_bias import CorrectBias
+from fxcompress.passes.equalize_cross_layers import EqualizeCrossLayers
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
 from fxcompress.passes.fine_tune import FineTune
@@ -18,6 +19,7 @@ from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.passes.round_adaptively import RoundAdaptively
+from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "ConvertPrecision",
     "Distill",
     "CorrectBias",
+    "EqualizeCrossLayers",
     "FactorizeConv",
     "FactorizeLinear",
     "FineTune",
@@ -45,5 +48,6 @@ __all__ = [
     "RoundAdaptively",
     "Skip",
     "SparsifyWeights",
+    "SmoothActivations",
     "SubstituteDepthwiseSeparable",
 ]
