@@ -41,9 +41,9 @@ class CorrectBias(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One walk over the graph; each layer is corrected before the next one is looked at."""
         paths, left = repairable(graph_module)
-        skipped = [Skip(path, code, reason) for path, (code, reason) in left.items()]
+        skipped = [Skip(path, code, f"{reason}.") for path, (code, reason) in left.items()]
         if not paths:
-            reason = "no layer is quantized and can be corrected: run Quantize first"
+            reason = "no layer is quantized and can be corrected: run Quantize first."
             return PassResult(graph_module, (), (*skipped, Skip("all", "nothing_to_correct", reason)))
         found = repair(graph_module, self.data, paths, samples=self.samples, progress=context.progress)
         rewrites = [Rewrite(path, "bias moved", repair_details(item)) for path, item in found.items()]

@@ -41,17 +41,17 @@ class EqualizeCrossLayers(Pass):
         """Find the channels, iterate the factors until they stand, write them."""
         found = scaling(graph_module, clips=self.clips == "per_channel")
         skipped = [
-            Skip(path, "scale_fixed", reason, (node,) if node else ()) for path, (reason, node) in found.fixed.items()
+            Skip(path, "scale_fixed", f"{reason}.", (node,) if node else ()) for path, (reason, node) in found.fixed.items()
         ]
         factors = Factors(graph_module, found)
         sweeps, _ = equalize(factors, found.groups)
         for group in found.groups:
             if bool(factors.values[group.classes].log().abs().max() < _LEAST):
                 factors.values[group.classes] = 1.0
-                skipped.append(Skip(group.makers[0].path, "equal", "the ranges of its channels are equalized already"))
+                skipped.append(Skip(group.makers[0].path, "equal", "the ranges of its channels are equalized already."))
         changed = [group for group in found.groups if bool((factors.values[group.classes] != 1).any())]
         if not changed:
-            skipped.append(Skip("all", "nothing_to_equalize", "no channels of this graph can trade their scale"))
+            skipped.append(Skip("all", "nothing_to_equalize", "no channels of this graph can trade their scale."))
             return PassResult(graph_module, (), tuple(skipped))
         with GraphEditor(graph_module) as editor:
             for path, tensor in scaled_weights(graph_module, found, factors.values):

@@ -49,9 +49,9 @@ class RoundAdaptively(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One walk over the graph; each layer is fitted before the next one is looked at."""
         paths, left = repairable(graph_module)
-        skipped = [Skip(path, code, reason) for path, (code, reason) in left.items()]
+        skipped = [Skip(path, code, f"{reason}.") for path, (code, reason) in left.items()]
         if not paths:
-            reason = "no layer is quantized and can be fitted: run Quantize first"
+            reason = "no layer is quantized and can be fitted: run Quantize first."
             return PassResult(graph_module, (), (*skipped, Skip("all", "nothing_to_round", reason)))
         rounding = Rounding(self.iterations, self.rows, self.batch, context.seed)
         found = repair(

@@ -68,19 +68,20 @@ class SmoothActivations(Pass):
         skipped: list[Skip] = []
         calls = _calls(graph_module, found, self.ignore, skipped)
         sites = [*_absorbed(found, calls), *_loose(found, calls, self.insert, skipped)]
+        sites.sort(key=lambda site: min(node for nodes in site.layers.values() for node in nodes))
         if not sites:
-            skipped.append(Skip("all", "nothing_to_smooth", "no linear layer of this graph can be smoothed"))
+            skipped.append(Skip("all", "nothing_to_smooth", "no linear layer of this graph can be smoothed."))
             return PassResult(graph_module, (), tuple(skipped))
         requests = {node.name: (_RANGE, _SQUARE) for site in sites for nodes in site.layers.values() for node in nodes}
         statistics = collect(graph_module, self.data, requests, limit=self.batches, progress=context.progress)
         factors = Factors(graph_module, found)
         rewrites: list[Rewrite] = []
         loose: list[tuple[_Site, torch.Tensor]] = []
-        for site in sites:
-            s, detail = self._factors(graph_module, site, statistics)
+        for site in reversed(sites):  # what a layer makes is scaled before its weights are looked at
+            s, detail = self._factors(graph_module, site, statistics, factors)
             first, *others = site.layers
             if bool(s.log().abs().max() < _LEAST):
-                skipped.append(Skip(first, "no_gain", "factors of 1 serve it best"))
+                skipped.append(Skip(first, "no_gain", "factors of 1 serve it best."))
                 continue
             if len(site.classes):
                 factors.values[site.classes] = s
@@ -93,12 +94,12 @@ class SmoothActivations(Pass):
                 editor.set_tensor(path, tensor)
             for site, s in loose:
                 _insert(editor, site, s)
-        return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+        return PassResult(graph_module, tuple(reversed(rewrites)), tuple(skipped))
 
     def _factors(
-        self, graph_module: fx.GraphModule, site: _Site, statistics: Statistics
+        self, graph_module: fx.GraphModule, site: _Site, statistics: Statistics, factors: Factors
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        weights = {path: _weight(graph_module, path) for path in site.layers}
+        weights = {path: _weight(graph_module, path, factors) for path in site.layers}
         ranges = _ranges(site, weights, statistics)
         full = {path: _gathered(site, path, ranges) for path in weights}
 
@@ -128,14 +129,14 @@ def _calls(
 ) -> dict[str, list[fx.Node]]:
     """Linear layers that may be smoothed → the nodes that call them."""
     paths, left = linear_sites(graph_module, ignore)
-    skipped += [Skip(path, code, reason) for path, (code, reason) in left.items()]
+    skipped += [Skip(path, code, f"{reason}.") for path, (code, reason) in left.items()]
     nodes = {node.name: node for node in graph_module.graph.nodes}
     calls: dict[str, list[fx.Node]] = {}
     for path, names in paths.items():
         if path in found.readers:
             calls[path] = [nodes[name] for name in names]
         else:
-            skipped.append(Skip(path, "tied_bias", "its bias is tied to another layer's"))
+            skipped.append(Skip(path, "tied_bias", "its bias is tied to another layer's."))
     return calls
 
 
@@ -164,10 +165,10 @@ def _loose(found: Scaling, calls: dict[str, list[fx.Node]], insert: bool, skippe
         if bool(found.readers[path].any()):
             continue
         if not insert:
-            reason = "nothing before it can absorb the factors, and insert=False"
+            reason = "nothing before it can absorb the factors, and insert=False."
             skipped.append(Skip(path, "not_absorbed", reason))
         elif len(nodes) > 1:
-            skipped.append(Skip(path, "several_calls", "it is called several times, on values of different ranges"))
+            skipped.append(Skip(path, "several_calls", "it is called several times, on values of different ranges."))
         else:
             value: Any = nodes[0].args[0]
             site = by_value.setdefault(value, _Site(torch.zeros(0, dtype=torch.int64)))
@@ -176,10 +177,11 @@ def _loose(found: Scaling, calls: dict[str, list[fx.Node]], insert: bool, skippe
     return list(by_value.values())
 
 
-def _weight(graph_module: fx.GraphModule, path: str) -> torch.Tensor:
+def _weight(graph_module: fx.GraphModule, path: str, factors: Factors) -> torch.Tensor:
+    """``[outputs, inputs]``, float64, with the factors of its outputs."""
     layer: Any = graph_module.get_submodule(path)
     assert isinstance(layer, nn.Linear)
-    return layer.weight.detach().double()
+    return layer.weight.detach().double() / factors.values[factors.scaling.makers[path], None]
 
 
 def _ranges(site: _Site, weights: dict[str, torch.Tensor], statistics: Statistics) -> SiteRange:
