@@ -44,7 +44,7 @@ def package(name: str) -> Path:
 
 
 def mobilenet_v2() -> nn.Module:
-    """torchvision's architecture with its ImageNet weights (IMAGENET1K_V1), in eval mode."""
+    """The architecture of torchvision with its ImageNet weights (IMAGENET1K_V1), in eval mode."""
     from fxcompress.model_specs import load_model
 
     model = load_model("torchvision:mobilenet_v2").model
@@ -88,7 +88,7 @@ def preprocess(photo: Image.Image) -> Tensor:
     """The shorter side to 256, the middle 224 x 224, normalised as for ImageNet; on the mean colour if transparent."""
     if "A" in photo.getbands() or "transparency" in photo.info:
         cutout = photo.convert("RGBA")
-        photo = Image.new("RGBA", cutout.size, tuple(round(255 * value) for value in MEAN) + (255,))
+        photo = Image.new("RGBA", cutout.size, (*(round(255 * value) for value in MEAN), 255))
         photo.alpha_composite(cutout)
     photo = photo.convert("RGB")
     scale = 256 / min(photo.size)

@@ -41,7 +41,8 @@ class EqualizeCrossLayers(Pass):
         """Find the channels, iterate the factors until they stand, write them."""
         found = scaling(graph_module, clips=self.clips == "per_channel")
         skipped = [
-            Skip(path, "scale_fixed", f"{reason}.", (node,) if node else ()) for path, (reason, node) in found.fixed.items()
+            Skip(path, "scale_fixed", f"{reason}.", (node,) if node else ())
+            for path, (reason, node) in found.fixed.items()
         ]
         factors = Factors(graph_module, found)
         sweeps, _ = equalize(factors, found.groups)

@@ -29,7 +29,7 @@ class InsertQuantStubs(Pass):
         ignore: name patterns of layers that stay in floating point.
         ignore_kinds: class names of such layers: ``("Linear",)``.
         ends: ``float`` leaves the first and the last layer.
-        weight_bits: 8, or 7 for x64 processors without VNNI.
+        weight_bits: 8, or 7 for x64 processors without VNNI; 4 for a float kernel on small weights.
     """
 
     name: ClassVar[str] = "insert_quant_stubs"
@@ -38,7 +38,7 @@ class InsertQuantStubs(Pass):
     ignore: tuple[str, ...] = ()
     ignore_kinds: tuple[str, ...] = ()
     ends: Literal["quantize", "float"] = "quantize"
-    weight_bits: Literal[7, 8] = 8
+    weight_bits: Literal[4, 7, 8] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -10,19 +10,24 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from fxcompress.errors import OptionError
-from fxcompress.graph.batches import batches
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.shapes import require_shapes
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.quantization.account import layer_details
-from fxcompress.quantization.calibrate import calibrate, stubs_of
+from fxcompress.quantization.calibrate import Calibrated, calibrate, stubs_of
+from fxcompress.quantization.damage import measure_damage
 from fxcompress.quantization.insert import insert_stubs
 from fxcompress.quantization.layer_choice import ignored_by
+from fxcompress.quantization.mixed_precision import fewest, output_error
 from fxcompress.quantization.noise import layer_noise
 from fxcompress.quantization.observers import check_observer
-from fxcompress.quantization.schemes import scheme_of
+from fxcompress.quantization.placement import Placement
+from fxcompress.quantization.schemes import Scheme, scheme_of
 
 __all__ = ["Quantize"]
+
+_NOISE_BATCHES = 4  # that the signal-to-noise ratios are measured on
+_SAMPLES = 128  # that the error of the outputs is measured on
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class Quantize(Pass):
         ignore: name patterns of layers that stay in floating point.
         ignore_kinds: class names of such layers: ``("Linear",)``.
         ends: ``float`` leaves the first and the last layer.
-        weight_bits: 8, or 7 for x64 processors without VNNI.
+        weight_bits: 8, or 7 for x64 processors without VNNI; 4 for a float kernel on small weights.
+        max_drop: leave the fewest layers in floating point that keep the drop of ``metric`` at this at most. The order
+            is that of the damage which the rounding around each layer does to the outputs, to first order.
+        metric: a figure of a graph, higher is better: accuracy on your validation data. Without one the drop is the
+            relative error of the outputs on ``data``, ‖quantized − float‖ / ‖float‖.
     """
 
     name: ClassVar[str] = "quantize"
@@ -55,7 +64,9 @@ class Quantize(Pass):
     ignore: tuple[str, ...] = ()
     ignore_kinds: tuple[str, ...] = ()
     ends: Literal["quantize", "float"] = "quantize"
-    weight_bits: Literal[7, 8] = 8
+    weight_bits: Literal[4, 7, 8] = 8
+    max_drop: float | None = None
+    metric: Callable[[fx.GraphModule], float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,40 +74,125 @@ class Quantize(Pass):
         check_observer(self.observer)
         if not 50 < self.percentile <= 100:
             raise OptionError(f"percentile={self.percentile} is outside (50, 100]", where="percentile")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise OptionError(f"max_drop={self.max_drop} is below 0", where="max_drop")
+        if self.metric is not None and self.max_drop is None:
+            raise OptionError("metric needs max_drop: how much of it may be lost", where="max_drop")
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        """Stubs, grids, and the noise of each layer on the first batch."""
+        """Stubs, grids, the layers that stay in floating point, and the noise of each of the others."""
         require_shapes(graph_module, self.name)
         if stubs_of(graph_module):
             skip = Skip("all", "already_quantized", "the graph has quantization stubs; Calibrate sets them anew")
             return PassResult(graph_module, (), (skip,))
-        scheme = scheme_of(self.scheme, weight_bits=self.weight_bits)
-        floating = copy_graph(graph_module)
-        choice = ignored_by(graph_module, self.ignore, self.ignore_kinds, self.ends)
-        placement = insert_stubs(graph_module, scheme, choice)
-        skipped = [Skip(path, code, reason) for path, (code, reason) in placement.left.items()]
-        if not placement.layers:
-            skipped.append(Skip("all", "nothing_to_quantize", "no layer of this graph can be quantized"))
-            return PassResult(graph_module, (), tuple(skipped))
         data = self.data if hasattr(self.data, "__len__") else list(islice(self.data, self.batches))
-        grids = calibrate(
-            graph_module,
-            data,
-            observer=self.observer,
-            weight_observer=self.weights,
-            percentile=self.percentile,
-            limit=self.batches,
-            progress=context.progress,
-        )
-        first = next(batches(graph_module, data, limit=1))
-        calls = {path: floating.graph.find_nodes(op="call_module", target=path)[0].name for path in placement.layers}
-        noise = layer_noise(floating, graph_module, calls, first.leaves)
-        worst = min(noise, key=lambda path: noise[path].decibels)
-        details = layer_details(placement, scheme, grids, noise)
+        floating, known = copy_graph(graph_module), dict[str, Any]()
+        made = self._made(floating, data, context, known, ())
+        if not made.placement.layers:
+            skip = Skip("all", "nothing_to_quantize", "no layer of this graph can be quantized")
+            return PassResult(graph_module, (), (*_left(made.placement, {}), skip))
+        kept: dict[str, str] = {}
+        note = ""
+        if self.max_drop is not None:
+            kept, note, made = self._mixed(floating, made, data, context, known)
+        if not made.placement.layers:
+            return PassResult(graph_module, (), tuple(_left(made.placement, kept)), note)
+        noise = layer_noise(floating, made.graph_module, made.placement.layers, data, limit=_NOISE_BATCHES)
+        details = layer_details(made.placement, made.scheme, made.grids, noise)
         order = sorted(details, key=lambda path: noise[path].decibels)
         rewrites = [Rewrite(path, f"{noise[path].decibels:.1f} dB", details[path]) for path in order]
-        note = (
-            f"{len(placement.layers)} layers and {len(placement.operations) - len(placement.layers)} other operations "
-            f"for {scheme.name}; the noisiest is {worst!r} with {noise[worst].decibels:.1f} dB"
+        told = (
+            f"{len(order)} layers and {len(made.placement.operations) - len(order)} other operations "
+            f"for {made.scheme.name}; the noisiest is {order[0]!r} with {noise[order[0]].decibels:.1f} dB"
         )
-        return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
+        skipped = tuple(_left(made.placement, kept))
+        return PassResult(made.graph_module, tuple(rewrites), skipped, "; ".join(filter(None, (told, note))))
+
+    def _made(
+        self,
+        floating: fx.GraphModule,
+        data: Iterable[Any],
+        context: PassContext,
+        known: dict[str, Any],
+        kept: Collection[str],
+    ) -> _Made:
+        """Quantized, with these layers beside the ignored ones in floating point."""
+        made = copy_graph(floating)
+        scheme = scheme_of(self.scheme, weight_bits=self.weight_bits)
+        ignored = ignored_by(made, self.ignore, self.ignore_kinds, self.ends)
+        placement = insert_stubs(made, scheme, lambda path: "it loses too much" if path in kept else ignored(path))
+        grids: list[Calibrated] = []
+        if placement.layers:
+            grids = calibrate(
+                made,
+                data,
+                observer=self.observer,
+                weight_observer=self.weights,
+                percentile=self.percentile,
+                limit=self.batches,
+                progress=context.progress,
+                known=known,
+            )
+        return _Made(made, placement, scheme, grids)
+
+    def _mixed(
+        self, floating: fx.GraphModule, whole: _Made, data: Iterable[Any], context: PassContext, known: dict[str, Any]
+    ) -> tuple[dict[str, str], str, _Made]:
+        """The fewest layers in floating point that keep the drop in bounds: why each, a note, and the result."""
+        assert self.max_drop is not None
+        metric = self.metric
+        if metric is None:
+            measure = output_error(floating, data, samples=_SAMPLES)
+            what = "the relative error of the outputs"
+        else:
+            given, reference = metric, float(metric(_in_eval(floating)))
+            what = "the drop of the metric"
+
+            def measure(graph_module: fx.GraphModule) -> float:
+                return reference - float(given(_in_eval(graph_module)))
+
+        damage = measure_damage(whole.graph_module, data).layers
+        ranking = sorted(damage, key=lambda path: -damage[path])
+        made = {0: whole}
+
+        def drop(count: int) -> float:
+            if count not in made:
+                made[count] = self._made(floating, data, context, known, ranking[:count])
+            if context.progress is not None:
+                context.progress(count, len(ranking), "looking for layers to leave in floating point")
+            return measure(made[count].graph_module) if made[count].placement.layers else 0.0
+
+        chosen = fewest(len(ranking), drop, self.max_drop)
+        if chosen.count not in made:
+            made[chosen.count] = self._made(floating, data, context, known, ranking[: chosen.count])
+        kept = {
+            path: f"rank {rank} of {len(ranking)} by damage: rounding around it alone moves the outputs by "
+            f"{100 * damage[path] ** 0.5:.2g}%"
+            for rank, path in enumerate(ranking[: chosen.count], 1)
+        }
+        note = f"{chosen.count} of {len(ranking)} layers stay in floating point: {what} is {chosen.drop:.3g}"
+        if chosen.count:
+            note += f", {chosen.tried[0]:.3g} without them; {self.max_drop:.3g} is allowed"
+        return kept, note, made[chosen.count]
+
+
+@dataclass
+class _Made:
+    """A quantized graph, and the account of it."""
+
+    graph_module: fx.GraphModule
+    placement: Placement
+    scheme: Scheme
+    grids: list[Calibrated]
+
+
+def _left(placement: Placement, kept: Mapping[str, str]) -> Iterator[Skip]:
+    for path, (code, reason) in placement.left.items():
+        yield Skip(path, "max_drop", kept[path]) if path in kept else Skip(path, code, reason)
+
+
+def _in_eval(graph_module: fx.GraphModule) -> fx.GraphModule:
+    copied = copy_graph(graph_module)
+    for module in copied.modules():
+        module.training = False
+    return copied

@@ -62,6 +62,7 @@ def calibrate(
     percentile: float = 99.99,
     limit: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    known: dict[str, Any] | None = None,
 ) -> list[Calibrated]:
     """Set the grid of every stub. Activations are those of the model in floating point.
 
@@ -73,6 +74,7 @@ def calibrate(
         percentile: for the observer of that name.
         limit: most batches to read.
         progress: called with (done, total, what).
+        known: what was seen of values on the same data before, by the name of their node; new ones are added.
 
     Raises:
         PreconditionError: there are no stubs, the data is empty or does not fit, or an activation is not finite.
@@ -83,14 +85,18 @@ def calibrate(
         raise PreconditionError("the graph has no quantization stubs", remedy="run InsertQuantStubs first, or Quantize")
     floating = _without_rounding(graph_module, stubs, layers)
     statistic = statistic_of(observer)
-    requests = {str(node.args[0]): statistic for nodes in stubs.values() for node in nodes}
-    found = collect(floating, data, requests, limit=limit, progress=progress)
+    known = {} if known is None else known
+    wanted = {str(node.args[0]): statistic for nodes in stubs.values() for node in nodes}
+    requests = {name: statistic for name in wanted if name not in known}
+    if requests or not wanted:
+        found = collect(floating, data, requests, limit=limit, progress=progress)
+        known.update({name: found[name, statistic] for name in requests})
     told: list[Calibrated] = []
     with GraphEditor(graph_module) as editor:
         for path, nodes in stubs.items():
             values = tuple(str(node.args[0]) for node in nodes)
             quantizer = _fresh(graph_module, path)
-            seen = [found[value, statistic] for value in values]
+            seen = [known[value] for value in values]
             low, high = observed_range(observer, seen, quantizer.kind, percentile)
             grid = parameters_of_range(torch.tensor(low), torch.tensor(high), quantizer.kind)
             quantizer.set(*grid)

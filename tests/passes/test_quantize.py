@@ -234,7 +234,9 @@ def test_nothing_to_quantize_is_told():
         ({"scheme": "onnx"}, "no scheme 'onnx'"),
         ({"observer": "max"}, "no observer 'max'"),
         ({"percentile": 40.0}, "outside"),
-        ({"weight_bits": 4}, "not valid"),
+        ({"weight_bits": 3}, "not valid"),
+        ({"max_drop": -1.0}, "below 0"),
+        ({"metric": len}, "needs max_drop"),
         ({"ends": "none"}, "not valid"),
     ],
 )

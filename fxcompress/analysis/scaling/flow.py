@@ -70,6 +70,7 @@ class Scaling:
         makers: every layer that could make scaled channels → their classes.
         readers: likewise for what it reads.
         clips: nodes that clip scaled channels → classes, broadcasting to the node's value.
+        norms: paths of the makers that are norms.
         fixed: layers no channel of which can be scaled → reason and the node that fixes them.
     """
 
@@ -78,6 +79,7 @@ class Scaling:
     makers: dict[str, torch.Tensor]
     readers: dict[str, torch.Tensor]
     clips: dict[fx.Node, torch.Tensor]
+    norms: set[str]
     fixed: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -92,7 +94,15 @@ def scaling(graph_module: fx.GraphModule, *, clips: bool = False) -> Scaling:
         PreconditionError: the graph was captured without example inputs.
     """
     require_shapes(graph_module, "scaling")
-    flow = Flow(graph_module, clips)
+    first = _walk(graph_module, clips, frozenset())
+    # What a product does to a parameter depends on whether its other factor is scaled, which is known by now.
+    fixed = frozenset(path for path in first.fixed if path in first.readers or path in first.norms)
+    again = fixed and any(node.op == "get_attr" for node in graph_module.graph.nodes)
+    return _walk(graph_module, clips, fixed) if again else first
+
+
+def _walk(graph_module: fx.GraphModule, clips: bool, fixed: frozenset[str]) -> Scaling:
+    flow = Flow(graph_module, clips, fixed)
     for node in graph_module.graph.nodes:
         flow.step(node)
     return flow.solve()
@@ -101,8 +111,8 @@ def scaling(graph_module: fx.GraphModule, *, clips: bool = False) -> Scaling:
 class Flow:
     """Labels of the values of one graph, as far as it was walked."""
 
-    def __init__(self, graph_module: fx.GraphModule, clips: bool) -> None:
-        self.graph_module, self.through_clips = graph_module, clips
+    def __init__(self, graph_module: fx.GraphModule, clips: bool, fixed: frozenset[str]) -> None:
+        self.graph_module, self.through_clips, self.fixed = graph_module, clips, fixed
         self.index = GraphIndex(graph_module)
         self.labels: dict[fx.Node, Any] = {}  # a tensor, None where fixed, or a list of those
         self.makers: dict[str, torch.Tensor] = {}
@@ -116,7 +126,11 @@ class Flow:
     def step(self, node: fx.Node) -> None:
         """Take in one node."""
         if node.op == "call_module":
-            self.labels[node] = layer_rule(self, node, self.graph_module.get_submodule(str(node.target)))
+            labels = layer_rule(self, node, self.graph_module.get_submodule(str(node.target)))
+            if str(node.target) in self.fixed:
+                self.pin(labels, node, "what it makes keeps its scale")
+                labels = None
+            self.labels[node] = labels
         elif node.op == "get_attr":
             self.labels[node] = self._vector(node)
         elif node.op == "call_function" and node.target in RULES:
@@ -217,7 +231,8 @@ class Flow:
         makers = {path: classes[labels] for path, labels in self.makers.items()}
         readers = {path: classes[labels] for path, labels in self.readers.items()}
         clips = {node: classes[labels] for node, labels in self.clips.items()}
-        made = Scaling(len(numbers), _groups(makers, readers, clips, len(numbers)), makers, readers, clips)
+        norms = set(makers) - set(readers) - {str(n.target) for n in self.labels if n.op == "get_attr"}
+        made = Scaling(len(numbers), _groups(makers, readers, clips, len(numbers)), makers, readers, clips, norms)
         for path, labels in self.makers.items():
             if not bool(makers[path].any()):
                 made.fixed[path] = why.get(int(component[labels[0]]), ("it is tied to what keeps its scale", ""))
