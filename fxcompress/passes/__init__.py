@@ -3,8 +3,8 @@
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.calibrate import Calibrate
 from fxcompress.passes.convert_precision import ConvertPrecision
-from fxcompress.passes.distill import Distill
 from fxcompress.passes.correct_bias import CorrectBias
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.equalize_cross_layers import EqualizeCrossLayers
 from fxcompress.passes.factorize_conv import FactorizeConv
 from fxcompress.passes.factorize_linear import FactorizeLinear
@@ -17,16 +17,16 @@ from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize import Quantize
 from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_weights import QuantizeWeights
-from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.passes.round_adaptively import RoundAdaptively
 from fxcompress.passes.smooth_activations import SmoothActivations
+from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
 
 __all__ = [
     "Calibrate",
     "ConvertPrecision",
-    "Distill",
     "CorrectBias",
+    "Distill",
     "EqualizeCrossLayers",
     "FactorizeConv",
     "FactorizeLinear",
@@ -47,7 +47,7 @@ __all__ = [
     "Rewrite",
     "RoundAdaptively",
     "Skip",
-    "SparsifyWeights",
     "SmoothActivations",
+    "SparsifyWeights",
     "SubstituteDepthwiseSeparable",
 ]

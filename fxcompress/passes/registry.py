@@ -18,8 +18,8 @@ __all__ = ["as_pass", "make_pass", "parse_pass", "pass_class", "pass_names", "re
 _BUILT_IN = {
     "calibrate": "fxcompress.passes.calibrate:Calibrate",
     "convert_precision": "fxcompress.passes.convert_precision:ConvertPrecision",
-    "distill": "fxcompress.passes.distill:Distill",
     "correct_bias": "fxcompress.passes.correct_bias:CorrectBias",
+    "distill": "fxcompress.passes.distill:Distill",
     "equalize_cross_layers": "fxcompress.passes.equalize_cross_layers:EqualizeCrossLayers",
     "factorize_conv": "fxcompress.passes.factorize_conv:FactorizeConv",
     "factorize_linear": "fxcompress.passes.factorize_linear:FactorizeLinear",
@@ -28,13 +28,13 @@ _BUILT_IN = {
     "insert_quant_stubs": "fxcompress.passes.insert_quant_stubs:InsertQuantStubs",
     "iterate": "fxcompress.passes.iterate:Iterate",
     "prune_channels": "fxcompress.passes.prune_channels:PruneChannels",
-    "sparsify_weights": "fxcompress.passes.sparsify_weights:SparsifyWeights",
-    "round_adaptively": "fxcompress.passes.round_adaptively:RoundAdaptively",
-    "smooth_activations": "fxcompress.passes.smooth_activations:SmoothActivations",
-    "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
     "quantize": "fxcompress.passes.quantize:Quantize",
     "quantize_dynamic": "fxcompress.passes.quantize_dynamic:QuantizeDynamic",
     "quantize_weights": "fxcompress.passes.quantize_weights:QuantizeWeights",
+    "round_adaptively": "fxcompress.passes.round_adaptively:RoundAdaptively",
+    "smooth_activations": "fxcompress.passes.smooth_activations:SmoothActivations",
+    "sparsify_weights": "fxcompress.passes.sparsify_weights:SparsifyWeights",
+    "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
 }
 _GROUP = "fxcompress.passes"
 _IN_FILE = re.compile(r"[^:]+\.py:\w+")
