@@ -233,7 +233,7 @@ class FactorizeLinear(Pass):
         if self._centred(first) and moments is not None:
             error = weight.double() - made.outer.double() @ made.inner.double()
             shift = (error @ moments.mean[..., None])[0, :, 0]
-        measured = errors(weight, made.outer @ made.inner, metric)
+        measured = errors(weight, (made.outer, made.inner), metric)
         if self._method == "whitened" and metric.moment is not None:
             measured["tail"] = made.tail  # what the spectrum says that the loss must be
         rewrites: list[Rewrite] = []

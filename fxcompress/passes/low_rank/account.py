@@ -35,27 +35,37 @@ def costs(before: int, after: int, macs_before: int | None, macs_after: int | No
     }
 
 
-def errors(weight: torch.Tensor, approximation: torch.Tensor, metric: Metric) -> dict[str, Any]:
+def errors(
+    weight: torch.Tensor, approximation: torch.Tensor | tuple[torch.Tensor, torch.Tensor], metric: Metric
+) -> dict[str, Any]:
     """Relative error of the weight, and of the output on the data.
 
     Args:
         weight: ``[groups, rows, d]``.
-        approximation: likewise, of the tensors as they stand in the graph now.
+        approximation: likewise, of the tensors as they stand in the graph now; or two factors, multiplied in pieces.
         metric: its moment is of the data; without one there is no ``output_error``.
     """
     loss = energy = plain = norm = 0.0
-    step = max(1, (1 << 21) // max(1, weight.shape[-1] * len(weight)))
-    for old, new in zip(weight.split(step, -2), approximation.split(step, -2), strict=True):
-        wide = old.detach().double()
-        difference = wide - new.detach().double()
-        plain, norm = plain + float(difference.square().sum()), norm + float(wide.square().sum())
+    outer, inner = approximation if isinstance(approximation, tuple) else (approximation, None)
+    # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
+    wide = torch.float64 if metric.moment is not None or weight.dtype == torch.float64 else torch.float32
+    inner = None if inner is None else inner.detach().to(wide)
+    step = max(1, (1 << 20) // max(1, weight.shape[-1] * len(weight)))
+    for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
+        given, made = old.detach().to(wide), piece.detach().to(wide)
+        difference = given - (made if inner is None else made @ inner)
+        plain, norm = plain + _energy(difference), norm + _energy(given)
         if metric.moment is not None:
-            loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(wide))
+            loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(given))
     found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}
     if metric.moment is not None:
         found |= {"output_error": _relative(loss, energy), "loss": max(loss, 0.0), "calibration_rows": metric.rows}
         found["jitter"] = metric.jitter
     return found
+
+
+def _energy(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _relative(part: float, whole: float) -> float:

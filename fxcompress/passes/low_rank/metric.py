@@ -63,16 +63,31 @@ class Metric:
             return vectors
         return self.scale[..., None] * vectors if self.scale is not None else self._rooted[0] @ vectors
 
-    def by_rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]``: needs no root of a moment."""
+    def by_rows(self, weight: torch.Tensor, step: int) -> torch.Tensor:
+        """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]``, float64: needs no root of a moment.
+
+        Args:
+            weight: any floating dtype.
+            step: rows that are taken into float64 at once.
+        """
+        rows = weight.shape[-2]
+        found = weight.new_empty(len(weight), rows, rows, dtype=torch.float64)
+        for start in range(0, rows, step):
+            left = self._weighted(weight[:, start : start + step].double())
+            for other in range(0, start + 1, step):  # the lower half: it is symmetric
+                right = weight[:, other : other + step].double()
+                part = left @ (right if self.scale is None else self.scaled(right)).mT
+                found[:, start : start + step, other : other + step] = part
+                found[:, other : other + step, start : start + step] = part.mT
+        return found
+
+    def _weighted(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight · C`` of a moment (with its jitter), or ``weight · S`` of a diagonal."""
         if self.plain or self.scale is not None:
-            scaled = self.scaled(weight)
-            return scaled @ scaled.mT
+            return self.scaled(weight)
         assert self.moment is not None
-        found = weight @ self.moment @ weight.mT
-        if self.singular:
-            found += _JITTER * _level(self.moment) * (weight @ weight.mT)
-        return (found + found.mT) / 2
+        found = weight @ self.moment
+        return found.add_(weight * (_JITTER * _level(self.moment))) if self.singular else found
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
         """tr(E C Eᵀ) on the data (without data: ‖E‖²) of ``[groups, rows, d]``, summed."""

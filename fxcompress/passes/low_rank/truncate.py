@@ -1,12 +1,13 @@
-"""The best matrix of a given rank, by an eigendecomposition of the smaller Gram matrix.
+"""The best matrix of a given rank, by eigenvectors of the smaller Gram matrix.
 
 Let W be [rows, d] and S the metric's root. With U the leading left singular vectors of W S, the best weight of that
 rank is U Uᵀ W, whatever the metric: S is never inverted. U are the eigenvectors of (W S)(W S)ᵀ, or, where d is smaller,
-the orthonormal basis of W S V with V those of (W S)ᵀ(W S). In float64 the Gram matrix keeps singular values down to
-1e-8 of the largest, and its eigenvectors cost a fraction of an SVD.
+the orthonormal basis of W S V with V those of (W S)ᵀ(W S). They cost a fraction of an SVD.
 
-A small rank of a large matrix is first tried with a randomized range finder (Halko et al. 2011, arXiv:0909.4061). It is
-accepted only if one more power iteration does not capture more; else the decomposition above follows.
+Where only a few of many are wanted, :mod:`~fxcompress.passes.low_rank.leading` finds them by matrix products alone, or
+says that it cannot. float32 is enough for a float32 weight where what is cut off is large against the rounding of its
+Gram matrix, which is looked at afterwards; all else is float64, where the Gram matrix keeps singular values down to
+1e-8 of the largest.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
+from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
 
 __all__ = ["Factors", "gram", "spectrum", "truncate"]
 
-_CHUNK = 1 << 21  # elements of a weight that are taken into float64 at once
-_LARGE = 1024  # from this size on a randomized decomposition is tried
-_CAPTURED = 1e-7  # of the energy: what one more power iteration may still gain
+_CHUNK = 1 << 20  # elements of a weight that are taken into float64 at once
+_LARGE = 512  # from this size on rounding and time are worth a thought
+_FEW = 6  # times the rank, not more than the full one: few enough for a block of vectors
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Factors:
     Attributes:
         outer: ``[groups, rows, rank]`` in the weight's dtype.
         inner: ``[groups, rank, d]``.
-        energy: float64 ``[groups, …]``: squares of the singular values of W S, falling; of a randomized
-            decomposition the leading ones only.
+        energy: float64 ``[groups, …]``: squares of the singular values of W S, falling; where only the leading ones
+            were looked for, those.
         total: of all of them, per group ``[groups]``.
-        randomized: whether the range finder was accurate enough.
+        randomized: whether a random block found them.
     """
 
     outer: torch.Tensor
@@ -57,28 +59,28 @@ class Factors:
         return float(self.energy[:, self.rank :].sum())
 
 
-def gram(weight: torch.Tensor, metric: Metric) -> tuple[torch.Tensor, bool]:
-    """The smaller Gram matrix of W S, float64 ``[groups, n, n]``, and whether it is that of the rows.
+def gram(weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, bool]:
+    """The smaller Gram matrix of W S, ``[groups, n, n]``, and whether it is that of the rows.
 
     Args:
-        weight: ``[groups, rows, d]``, any floating dtype; taken into float64 in pieces.
+        weight: ``[groups, rows, d]``, any floating dtype; taken into ``dtype`` in pieces.
         metric: with the root S.
+        dtype: of the result; float32 only for a plain metric.
     """
     rows, width = weight.shape[-2:]
     by_rows = rows <= width
-    if by_rows:
-        if not metric.plain:
-            return metric.by_rows(weight.double()), True
-        found = weight.new_zeros(len(weight), rows, rows, dtype=torch.float64)
-        for piece in weight.split(_step(rows, len(weight)), -1):
-            wide = piece.double()
-            found.baddbmm_(wide, wide.mT)
-        return found, True
-    found = weight.new_zeros(len(weight), width, width, dtype=torch.float64)
-    for piece in weight.split(_step(width, len(weight)), -2):
-        wide = metric.scaled(piece.double())
-        found.baddbmm_(wide.mT, wide)
-    return found, False
+    if by_rows and not metric.plain:
+        return metric.by_rows(weight, _step(width, len(weight))), True
+    matrix = weight if by_rows else weight.mT
+    if matrix.dtype == dtype and metric.plain:
+        return matrix @ matrix.mT, by_rows
+    size = matrix.shape[-2]
+    found = weight.new_zeros(len(weight), size, size, dtype=dtype)
+    for piece in matrix.split(_step(size, len(weight)), -1):
+        wide = piece.to(dtype)
+        wide = wide if metric.plain else metric.scaled(wide.mT).mT
+        found.baddbmm_(wide, wide.mT)
+    return found, by_rows
 
 
 def spectrum(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
@@ -101,8 +103,8 @@ def truncate(
         weight: ``[groups, rows, d]``.
         metric: what errors are measured in.
         choose: the rank, or what tells it from the energies ``[groups, n]``; all groups have the same.
-        randomized: whether the range finder may be tried.
-        seed: of the range finder.
+        randomized: whether a random block may be tried where it costs less.
+        seed: of that block.
 
     Returns:
         the factors; or the rank, where ``choose`` gives one that is not below the full rank.
@@ -111,8 +113,8 @@ def truncate(
     if isinstance(choose, int):
         if choose >= full:
             return choose
-        if randomized and full >= _LARGE and choose * 8 <= full and len(weight) == 1:
-            found = _range_finder(weight, metric, choose, seed)
+        if full >= _LARGE and len(weight) == 1:
+            found = _large(weight, metric, choose, seed if randomized else None)
             if found is not None:
                 return found
     matrix, by_rows = gram(weight, metric)
@@ -122,50 +124,71 @@ def truncate(
     rank = choose if isinstance(choose, int) else choose(energy)
     if rank >= full:
         return rank
-    leading = vectors[..., -rank:].flip(-1)
-    del vectors
-    if not by_rows:
-        leading = torch.linalg.qr(_product(weight, metric.unscaled(leading))).Q
-    return _factors(weight, leading, energy, energy.sum(-1))
+    vectors = vectors[..., -rank:].flip(-1)  # a copy: the others are let go
+    return _factors(weight, metric, vectors, by_rows, energy, energy.sum(-1))
+
+
+def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) -> Factors | None:
+    """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
+    narrow = metric.plain and weight.dtype != torch.float64
+    dtype = torch.float32 if narrow else torch.float64
+    matrix, by_rows = gram(weight, metric, dtype)
+    full = matrix.shape[-1]
+    if metric.plain:
+        total = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64).square()
+    else:
+        total = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    if seed is not None and rank * _FEW <= full:
+        wide = [matrix[0]]
+
+        def product(block: torch.Tensor) -> torch.Tensor:
+            if wide[0].dtype != block.dtype:
+                wide[0] = gram(weight, metric)[0][0]
+            return wide[0] @ block
+
+        found = leading(product, full, rank, float(total), like=matrix, seed=seed)
+        if found is not None:
+            del matrix
+            wide.clear()
+            return _factors(weight, metric, found[0][None], by_rows, found[1][None], total, randomized=True)
+    if not narrow:
+        return None
+    values, vectors = torch.linalg.eigh(matrix)
+    del matrix
+    energy = values.double().flip(-1).clamp_min(0)
+    if not trusted(float(energy[0, 0]), float(energy[0, rank:].sum()), rank, dtype):
+        return None
+    return _factors(weight, metric, vectors[..., -rank:].flip(-1), by_rows, energy, total)
 
 
 def _factors(
-    weight: torch.Tensor, basis: torch.Tensor, energy: torch.Tensor, total: torch.Tensor, randomized: bool = False
+    weight: torch.Tensor,
+    metric: Metric,
+    vectors: torch.Tensor,
+    by_rows: bool,
+    energy: torch.Tensor,
+    total: torch.Tensor,
+    randomized: bool = False,
 ) -> Factors:
     """U Uᵀ W, its scale shared out evenly between the two factors, component by component."""
+    basis = vectors if by_rows else torch.linalg.qr(_product(weight, metric.unscaled(vectors))).Q
     inner = _product(weight.mT, basis).mT  # [groups, rank, d]
-    norm = inner.norm(dim=-1)
+    norm = torch.linalg.vector_norm(inner, dim=-1)
     half = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
-    outer, inner = basis * half[:, None, :], inner / half[..., None]
-    return Factors(outer.to(weight.dtype), inner.to(weight.dtype), energy, total, randomized)
-
-
-def _range_finder(weight: torch.Tensor, metric: Metric, rank: int, seed: int) -> Factors | None:
-    """Two subspace iterations with oversampling; None where they did not converge."""
-    width = min(rank + max(16, rank // 4), min(weight.shape[-2:]))
-    matrix = weight.float() if metric.plain else metric.scaled(weight.double()).to(torch.float32)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
-    start = torch.randn(1, matrix.shape[-1], width, generator=generator, device=weight.device)
-    basis = torch.linalg.qr(matrix @ start).Q
-    captured: list[torch.Tensor] = []
-    for _ in range(3):
-        small = matrix.mT @ basis
-        values, turned = torch.linalg.eigh(small.mT.double() @ small.double())
-        captured.append(values[..., -rank:].sum(-1))
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(small).Q).Q
-    total = matrix.double().square().sum((-2, -1))
-    if float(((captured[-1] - captured[-2]) / total.clamp_min(1e-300)).abs().max()) > _CAPTURED:
-        return None
-    small = (matrix.mT @ basis).double()
-    values, turned = torch.linalg.eigh(small.mT @ small)
-    leading = basis.double() @ turned[..., -rank:].flip(-1)
-    return _factors(weight, leading, values.flip(-1).clamp_min(0), total, randomized=True)
+    outer = (basis * half[:, None, :]).to(weight.dtype)
+    inner = inner.div_(half[..., None]).to(weight.dtype).contiguous()
+    return Factors(outer, inner, energy, total, randomized)
 
 
 def _product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``weight @ right`` in float64, the weight taken into it in pieces."""
-    pieces = weight.split(_step(weight.shape[-1], len(weight)), -2)
-    return torch.cat([piece.double() @ right for piece in pieces], -2)
+    """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
+    if weight.dtype == right.dtype:
+        return weight @ right
+    made = right.new_empty(len(weight), weight.shape[-2], right.shape[-1])
+    step = _step(weight.shape[-1], len(weight))
+    for start in range(0, weight.shape[-2], step):
+        torch.matmul(weight[:, start : start + step].to(right.dtype), right, out=made[:, start : start + step])
+    return made
 
 
 def _step(width: int, groups: int) -> int:

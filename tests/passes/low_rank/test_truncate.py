@@ -70,19 +70,64 @@ def test_zero_matrix():
     assert made.tail == 0
 
 
-def test_randomized_is_taken_where_it_is_accurate_and_only_there():
+def of_spectrum(values: torch.Tensor, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    size = len(values)
+    left, right = (torch.linalg.qr(torch.randn(n, size, generator=generator)).Q for n in (size, width))
+    return (left * values) @ right.T
+
+
+STEPS = torch.arange(520) / 520
+SPECTRA = {
+    "gaussian": None,
+    "falling slowly": 1 - STEPS,
+    "falling fast": torch.exp(-14 * STEPS),
+    "a power": 1 / (1 + 520 * STEPS),
+    "all equal": torch.ones(520),
+    "two levels": torch.where(STEPS < 0.3, 1.1, 0.1),
+    "low and noise": torch.where(STEPS < 0.05, 1.0, 1e-3),
+    "a spike": torch.cat([torch.tensor([1e3]), 1 - STEPS[1:]]),
+    "very steep": torch.exp(-30 * STEPS),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_large_weights_come_as_close_as_any(name):
+    values = SPECTRA[name]
     generator = torch.Generator().manual_seed(5)
-    low = torch.randn(1100, 20, generator=generator) @ torch.randn(20, 1100, generator=generator)
-    low = low + 1e-3 * torch.randn(1100, 1100, generator=generator)
-    fast = truncate(low[None], plain_metric(), 20)
-    assert isinstance(fast, Factors)
-    assert fast.randomized
-    slow = truncate(low[None], plain_metric(), 20, randomized=False)
-    assert not slow.randomized
-    errors = [float((low - made.outer[0] @ made.inner[0]).norm()) for made in (fast, slow)]
-    assert abs(errors[0] - errors[1]) < 1e-5 * errors[1]
-    flat = torch.randn(1100, 1100, generator=generator)
-    assert not truncate(flat[None], plain_metric(), 20).randomized
+    weight = torch.randn(520, 600, generator=generator) if values is None else of_spectrum(values, 600)
+    energies = torch.linalg.svdvals(weight.double()).square()
+    rounding = 1e-7 * float(weight.norm())  # of the factors, which are float32
+    for rank, given in ((8, weight), (26, weight), (26, weight.T), (80, weight), (200, weight.T)):
+        made = truncate(given[None], plain_metric(), rank)
+        error = float((given.double() - made.outer[0].double() @ made.inner[0].double()).norm())
+        optimum = float(energies[rank:].sum().sqrt())
+        assert error <= optimum * (1 + 1e-5) + rounding
+        assert abs(made.tail**0.5 - optimum) <= 1e-5 * optimum + rounding
+
+
+def test_a_random_block_is_taken_where_it_costs_less(monkeypatch):
+    weight = of_spectrum(SPECTRA["falling slowly"], 600)[None]
+    assert truncate(weight, plain_metric(), 26).randomized
+    assert not truncate(weight, plain_metric(), 26, randomized=False).randomized
+    assert not truncate(weight, plain_metric(), 200).randomized  # too many: all of them cost no more
+    monkeypatch.setattr("fxcompress.passes.low_rank.leading._SWEEPS", 0)  # it does not converge
+    made = truncate(weight, plain_metric(), 26)
+    assert not made.randomized
+    assert abs(made.tail / float(torch.linalg.svdvals(weight.double())[0, 26:].square().sum()) - 1) < 1e-5
+
+
+def test_on_data_large_weights_lose_the_tail_of_their_spectrum():
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(520, 560, generator=generator)
+    rows = torch.randn(2000, 560, generator=generator) * torch.logspace(0, -1, 560)
+    made = truncate(weight[None], data_metric(moments_of(rows)), 40)
+    assert made.randomized
+    error = weight.double() - made.outer[0].double() @ made.inner[0].double()
+    loss = float((rows.double() @ error.T).square().sum())
+    tail = float(torch.linalg.svdvals(weight.double() @ rows.double().T)[40:].square().sum())
+    assert abs(loss - tail) < 1e-4 * tail
+    assert abs(made.tail - tail) < 1e-4 * tail
 
 
 def test_spectrum_is_that_of_the_weight():
