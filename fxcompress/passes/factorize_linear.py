@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, macs_of
-from fxcompress.passes.low_rank.data import site_metrics, too_wide
+from fxcompress.passes.low_rank.data import fits, site_metrics, too_wide
 from fxcompress.passes.low_rank.latency import latency_of
 from fxcompress.passes.low_rank.linear_sites import linear_sites, matrix_of, price_of, put_factors, with_bias
 from fxcompress.passes.low_rank.metric import Metric
@@ -23,7 +23,7 @@ from fxcompress.passes.low_rank.ranks import share_budget
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.sites import Site
 from fxcompress.passes.low_rank.splice import linear
-from fxcompress.passes.low_rank.truncate import Factors, truncate
+from fxcompress.passes.low_rank.truncate import Factors, product, spectrum, truncate
 
 __all__ = ["FactorizeLinear"]
 
@@ -56,6 +56,7 @@ class FactorizeLinear(Pass):
         method: ``auto`` is ``svd`` without data and ``whitened`` with it; or ``asvd``.
         alpha: of ASVD: inputs are weighted with their mean absolute value to this power.
         batches: most batches to read; None reads all.
+        moments_mib: of second moments that may be held at once; where more are needed the data is read again.
         correct_bias: let the bias take up the mean of the error, which allows a smaller one.
         refit: fit ``fc.1`` of each layer in turn, by least squares on the data, to the original output from the inputs
             that the layers changed before it produce.
@@ -82,6 +83,7 @@ class FactorizeLinear(Pass):
     method: Literal["auto", "svd", "whitened", "asvd"] = "auto"
     alpha: float = 0.5
     batches: int | None = None
+    moments_mib: int = 1024
     correct_bias: bool = False
     refit: bool = False
     round_to: int = 1
@@ -110,8 +112,9 @@ class FactorizeLinear(Pass):
         groups = {item[0]: item for item in found if not isinstance(item, Skip)}
         if not found:
             skipped.append(Skip("all", "nothing_to_factorize", "The graph has no linear layer or 1×1 convolution."))
-        # Statistics are of the graph as it is now, while sites change one by one.
-        original = copy_graph(graph_module)
+        # Statistics and latencies are of the graph as it is now, while sites change one by one.
+        again = self.calibration is not None or self.cost == "latency"
+        original = copy_graph(graph_module) if again else graph_module
         rewrites: list[Rewrite] = []
         with GraphEditor(graph_module) as editor:
             for site, metric, moments, result in self._factors(original, list(groups.values()), context):
@@ -134,56 +137,52 @@ class FactorizeLinear(Pass):
     def _factors(self, original: fx.GraphModule, groups: Sequence[Group], context: PassContext) -> Any:
         """Each site with its metric and its factors, or the reason why it has none; one at a time if it can be."""
         goal = goal_of(self)
-        metrics = site_metrics(
-            original,
-            [group[0] for group in groups],
-            None if self.method == "svd" and not (self.correct_bias or self.refit) else self.calibration,
-            context,
-            batches=self.batches,
-            centred=[self._centred(group[0]) for group in groups],
-            alpha=self.alpha if self.method == "asvd" else None,
-        )
+        unread = self.method == "svd" and not (self.correct_bias or self.refit)
+
+        def read() -> Any:
+            return site_metrics(
+                original,
+                [group[0] for group in groups],
+                None if unread else self.calibration,
+                context,
+                batches=self.batches,
+                centred=[self._centred(group[0]) for group in groups],
+                alpha=self.alpha if self.method == "asvd" else None,
+                held=self.moments_mib << 20,
+            )
+
+        shared: dict[str, int | None] | None = None
+        metrics = read()
         if self.scope == "global":
-            yield from self._shared_out(metrics)
-            return
+            # Once for the spectra, once for the factors; both from the same moments where they can all be held.
+            if isinstance(self.calibration, Iterator) or fits([g[0] for g in groups], self.moments_mib << 20):
+                metrics = list(metrics)
+            shared = self._shared_out(metrics)
+            metrics = metrics if isinstance(metrics, list) else read()
         for done, (site, metric, moments) in enumerate(metrics):
-            price = price_of(site.layer)
-            rank = goal.of_spectrum if goal.needs_spectrum else goal.fixed(price)
-            result: Factors | Skip | int
-            if isinstance(rank, int) and (reason := self._refused(site, rank)) is not None:
-                result = reason
-            else:
-                result = truncate(
-                    matrix_of(site.layer), self._root(metric), rank, randomized=self.randomized, seed=context.seed
-                )
-                kept = result if isinstance(result, int) else result.rank
-                result = self._refused(site, kept) or result
+            rank: Any = goal.of_spectrum
+            if not goal.needs_spectrum:
+                rank = goal.fixed(price_of(site.layer)) if shared is None else shared[site.path]
+            yield site, metric, moments, self._factored(site, metric, rank, context)
             if context.progress is not None:
                 context.progress(done + 1, len(groups), site.path)
-            yield site, metric, moments, result
 
-    def _shared_out(self, metrics: Any) -> Any:
-        """The leading components of the best factors of a rank are the best of every smaller one: keep, then cut."""
-        kept: list[tuple[Site, Metric, Moments | None, Factors]] = []
-        for site, metric, moments in metrics:
-            price = price_of(site.layer)
-            most = max(1, min(price.break_even, price.full) - 1)
-            made = truncate(matrix_of(site.layer), self._root(metric), most, randomized=False)
-            if isinstance(made, Factors):
-                kept.append((site, metric, moments, made))
-            else:
-                yield site, metric, moments, self._refused(site, made)
-        prices = [price_of(site.layer) for site, *_ in kept]
-        ratio = goal_of(self).ratio
-        assert ratio is not None
-        ranks = share_budget([made.energy for *_, made in kept], prices, ratio, self.round_to)
-        for (site, metric, moments, made), rank in zip(kept, ranks, strict=True):
-            if rank is None:
-                why = "Within the budget for all layers this one is worth its whole size."
-                yield site, metric, moments, Skip(site.path, "kept_whole", why)
-                continue
-            cut = replace(made, outer=made.outer[..., :rank], inner=made.inner[..., :rank, :])
-            yield site, metric, moments, cut
+    def _factored(self, site: Site, metric: Metric, rank: Any, context: PassContext) -> Factors | Skip:
+        if rank is None:
+            return Skip(site.path, "kept_whole", "Within the budget for all layers this one is worth its whole size.")
+        if isinstance(rank, int) and (reason := self._refused(site, rank)) is not None:
+            return reason
+        made = truncate(matrix_of(site.layer), self._root(metric), rank, randomized=self.randomized, seed=context.seed)
+        reason = self._refused(site, made if isinstance(made, int) else made.rank)
+        assert reason is not None or isinstance(made, Factors)
+        return reason or made  # type: ignore[return-value]
+
+    def _shared_out(self, metrics: Any) -> dict[str, int | None]:
+        """Ranks that share out the ratio, from the spectra alone."""
+        spectra = {site: spectrum(matrix_of(site.layer), self._root(metric)) for site, metric, _ in metrics}
+        prices = [price_of(site.layer) for site in spectra]
+        ranks = share_budget(list(spectra.values()), prices, self.ratio or 0.5, self.round_to)
+        return {site.path: rank for site, rank in zip(spectra, ranks, strict=True)}
 
     def _root(self, metric: Metric) -> Metric:
         return replace(metric, weighs=False) if self.method == "svd" else metric
@@ -231,8 +230,8 @@ class FactorizeLinear(Pass):
         inner = made.inner[0]
         shift: torch.Tensor | None = None
         if self._centred(first) and moments is not None:
-            error = weight.double() - made.outer.double() @ made.inner.double()
-            shift = (error @ moments.mean[..., None])[0, :, 0]
+            mean = moments.mean[..., None]
+            shift = (product(weight, mean) - product(made.outer, product(made.inner, mean)))[0, :, 0]
         measured = errors(weight, (made.outer, made.inner), metric)
         if self._method == "whitened" and metric.moment is not None:
             measured["tail"] = made.tail  # what the spectrum says that the loss must be

@@ -6,16 +6,18 @@
     statistics = collect(graph_module, loader, requests, limit=16)
     statistics["fc1", SecondMoment("input")].total
 
-``collect`` runs the graph; ``kinds`` says what can be asked for; ``patches`` is what a convolution reads.
+``collect`` runs the graph; ``kinds`` says what can be asked for; ``patches`` is what a convolution reads,
+``padding`` what of a batch of sequences does not count.
 """
 
 from fxcompress.analysis.statistics.collect import Statistics, collect
 from fxcompress.analysis.statistics.histogram import Histogram, HistogramValue
 from fxcompress.analysis.statistics.kinds import Mean, MeanAbs, MeanSquare, Range, Statistic
-from fxcompress.analysis.statistics.moments import CrossMoment, Moments, SecondMoment
+from fxcompress.analysis.statistics.moments import CrossMoment, CrossMoments, Moments, SecondMoment
 
 __all__ = [
     "CrossMoment",
+    "CrossMoments",
     "Histogram",
     "HistogramValue",
     "Mean",

@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
 from fxcompress.analysis.statistics.moments import CrossMoment
+from fxcompress.analysis.statistics.padding import real_positions, without_padding
+from fxcompress.analysis.statistics.patches import is_conv
 from fxcompress.errors import FxCompressError, OptionError, PreconditionError, nearest
 from fxcompress.graph.batches import batches
 from fxcompress.graph.copying import copy_graph
@@ -57,6 +59,7 @@ def collect(
     device: torch.device | str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     beside: fx.GraphModule | None = None,
+    padding: bool = True,
 ) -> Statistics:
     """Statistics of activations over data, in one pass that holds one batch at a time.
 
@@ -73,6 +76,8 @@ def collect(
         device: run there, on a copy; None runs where the weights are.
         progress: called with (done, total, what) after each batch; total is 0 where it is not known.
         beside: a second graph with the same inputs, run on the same batches for :class:`CrossMoment`.
+        padding: False leaves out of what layers other than convolutions read and produce the positions that the batch's
+            mask says are padding; see :mod:`fxcompress.analysis.statistics.padding`.
 
     Raises:
         OptionError: a request names no node of the graph (the nearest is suggested).
@@ -93,7 +98,7 @@ def collect(
         torch.manual_seed(0)
         for batch in batches(graph_module, data, limit=limit, device=target):
             try:
-                plan.run(batch.leaves)
+                plan.run(batch.leaves, None if padding else real_positions(graph_module, batch.leaves))
             except FxCompressError:
                 raise
             except (RuntimeError, IndexError, ValueError) as error:
@@ -118,6 +123,7 @@ class _Plan:
         others = {} if beside is None else {node.name: node for node in beside.graph.nodes}
         self.of: dict[tuple[str, Statistic], tuple[Accumulator, fx.Node]] = {}
         self.work: list[tuple[Accumulator, fx.Node, fx.Node | None]] = []
+        self.spatial: set[fx.Node] = set()  # what convolutions read or produce: positions are not rows
         shared: dict[Hashable, Accumulator] = {}
         for name, wanted in requests.items():
             if name not in nodes:
@@ -131,6 +137,8 @@ class _Plan:
                         raise OptionError(f"there is no node {statistic.with_!r} in the second graph", where=name)
                     other = others[statistic.with_]
                 layer = module_of(graph_module, node)
+                if is_conv(layer):
+                    self.spatial.add(source)
                 key = (source, other, statistic.shared_by(layer))
                 if key not in shared:
                     shared[key] = statistic.start(layer)
@@ -139,7 +147,7 @@ class _Plan:
         self.first = _Runner(graph_module, {source for _, source, _ in self.work})
         self.second = None if beside is None else _Runner(beside, {other for *_, other in self.work if other})
 
-    def run(self, leaves: list[Any]) -> None:
+    def run(self, leaves: list[Any], real: torch.Tensor | None) -> None:
         by_node: dict[fx.Node, list[Accumulator]] = {}
         for accumulator, source, other in self.work:
             if other is None:
@@ -149,6 +157,8 @@ class _Plan:
 
         def take(node: fx.Node, value: Any) -> None:
             tensor = _tensor(node, value)
+            if node not in self.spatial:
+                tensor = without_padding(tensor, real)
             for accumulator in by_node.get(node, ()):
                 accumulator.add(tensor)
             if node in paired:
@@ -163,7 +173,8 @@ class _Plan:
 
             def pair(node: fx.Node, value: Any) -> None:
                 for accumulator, source in waiting.get(node, ()):
-                    accumulator.add(kept[source], _tensor(node, value))
+                    tensor = _tensor(node, value)
+                    accumulator.add(kept[source], tensor if source in self.spatial else without_padding(tensor, real))
 
             self.second.run(leaves, pair)
 
@@ -234,10 +245,15 @@ def _tensor(node: fx.Node, value: Any) -> torch.Tensor:
 
 
 def _check_finite(node: fx.Node, value: Any) -> None:
-    parts = vars(value) if hasattr(value, "__dataclass_fields__") else value
-    for leaf in pytree.tree_leaves(parts):
+    if hasattr(value, "__dataclass_fields__"):
+        value = list(vars(value).values())
+    for leaf in pytree.tree_leaves(value):
+        if hasattr(leaf, "__dataclass_fields__"):
+            _check_finite(node, leaf)
+            continue
         numbers = leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=torch.float64)
-        if not bool(torch.isfinite(numbers).all()):
+        # The sum needs no memory; only where it is not finite is each number looked at.
+        if not bool(numbers.sum().isfinite() or torch.isfinite(numbers).all()):
             raise PreconditionError(
                 f"activations at {node.name!r} are not finite on the data",
                 where=where(node),

@@ -16,7 +16,7 @@ from torch import nn
 from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
 from fxcompress.analysis.statistics.patches import geometry, patches
 
-__all__ = ["CrossMoment", "Moments", "SecondMoment"]
+__all__ = ["CrossMoment", "CrossMoments", "Moments", "SecondMoment"]
 
 # Rows that are taken into float64 at once: bounds the memory beside the activation itself.
 _CHUNK = 1 << 22
@@ -101,10 +101,24 @@ class _Products(Accumulator):
 
 
 @dataclass(frozen=True)
-class CrossMoment(Statistic):
-    """Σ y xᵀ of the rows that a node produces and those that a node of a second graph produces.
+class CrossMoments:
+    """Sums over the rows y that a node produces and the rows x that one of a second graph produces.
 
-    The value is a float64 ``[y's last dim, x's last dim]``. See ``collect(..., beside=…)``.
+    Attributes:
+        cross: Σ y xᵀ, float64 ``[y's features, x's features]``.
+        moments: of x, with one group.
+    """
+
+    cross: torch.Tensor
+    moments: Moments
+
+    def __add__(self, other: CrossMoments) -> CrossMoments:
+        return CrossMoments(self.cross + other.cross, self.moments + other.moments)
+
+
+@dataclass(frozen=True)
+class CrossMoment(Statistic):
+    """:class:`CrossMoments` of the rows of a node and of a node of a second graph; see ``collect(..., beside=…)``.
 
     Attributes:
         with_: name of the node of the second graph.
@@ -121,13 +135,17 @@ class CrossMoment(Statistic):
 class _CrossProducts(Accumulator):
     def __init__(self, dim: int) -> None:
         self.dim = dim
-        self.total: torch.Tensor | None = None
+        self.cross: torch.Tensor | None = None
+        self.products = _Products(None, None)
 
     def add(self, *tensors: torch.Tensor) -> None:
-        left, right = (t.movedim(self.dim, -1).reshape(-1, t.shape[self.dim]).double() for t in tensors)
-        found = left.T @ right
-        self.total = found if self.total is None else self.total + found
+        left, right = (t.movedim(self.dim, -1).reshape(-1, t.shape[self.dim]) for t in tensors)
+        self.products.add(right)
+        step = max(1, _CHUNK // max(1, left.shape[1], right.shape[1]))
+        for first, second in zip(left.split(step), right.split(step), strict=True):
+            found = first.double().T @ second.double()
+            self.cross = found if self.cross is None else self.cross.add_(found)
 
-    def value(self) -> torch.Tensor:
-        assert self.total is not None
-        return self.total
+    def value(self) -> CrossMoments:
+        assert self.cross is not None
+        return CrossMoments(self.cross, self.products.value())

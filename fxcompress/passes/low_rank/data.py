@@ -8,13 +8,14 @@ from typing import Any
 from torch import fx, nn
 
 from fxcompress.analysis.statistics import MeanAbs, Moments, SecondMoment, collect
+from fxcompress.analysis.statistics.patches import geometry
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, plain_metric
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
 
-__all__ = ["site_metrics", "too_wide", "width"]
+__all__ = ["fits", "site_metrics", "too_wide", "width"]
 
-_BYTES = 1 << 30  # of second moments that are held at once
+_BYTES = 1 << 30  # of second moments that are held at once, if not told otherwise
 _MOST = 2 << 30  # of the second moment of one site; what needs more goes without data
 
 
@@ -34,10 +35,11 @@ def site_metrics(
     batches: int | None = None,
     centred: Sequence[bool] = (),
     alpha: float | None = None,
+    held: int = _BYTES,
 ) -> Iterator[tuple[Site, Metric, Moments | None]]:
     """Each site with the metric of its errors, and the moments it is made of; one site at a time.
 
-    Data that can be read again is read once for every gigabyte of moments.
+    Data that can be read again is read once for every ``held`` bytes of moments.
 
     Args:
         graph_module: as it was before any site changed.
@@ -47,6 +49,7 @@ def site_metrics(
         batches: most batches to read.
         centred: per site, whether a bias takes up the mean.
         alpha: of ASVD; None is the whitened metric.
+        held: bytes of second moments that may be held at once (those of one site at least).
     """
     if calibration is None:
         for site in sites:
@@ -54,7 +57,7 @@ def site_metrics(
         return
     flags = list(centred) or [False] * len(sites)
     whole = isinstance(calibration, Iterator)  # can be read only once
-    for start, stop in _chunks(sites, whole):
+    for start, stop in _chunks(sites, None if whole else held):
         chunk = sites[start:stop]
         requests: dict[str, list[Any]] = {}
         for site in chunk:
@@ -64,7 +67,9 @@ def site_metrics(
             requests |= {node.name: kinds for node in site.nodes}
         found: Any = {}
         if requests:
-            found = collect(graph_module, calibration, requests, limit=batches, progress=context.progress)
+            found = collect(
+                graph_module, calibration, requests, limit=batches, padding=False, progress=context.progress
+            )
         for site, flag in zip(chunk, flags[start:stop], strict=True):
             if _without(site.layer):
                 yield site, plain_metric(), None
@@ -105,13 +110,23 @@ def _moment_bytes(layer: Any) -> int:
     return 8 * width(layer) ** 2 * int(getattr(layer, "groups", 1))
 
 
-def _chunks(sites: Sequence[Site], whole: bool) -> Iterator[tuple[int, int]]:
-    start, held = 0, 0
+def fits(sites: Sequence[Site], held: int = _BYTES) -> bool:
+    """Whether the data is read once for all sites."""
+    return len(list(_chunks(sites, held))) <= 1
+
+
+def _chunks(sites: Sequence[Site], most: int | None) -> Iterator[tuple[int, int]]:
+    """Spans of sites whose moments take no more bytes than ``most``; layers that read the same value share one."""
+    start, taken = 0, 0
+    known: set[Any] = set()
     for index, site in enumerate(sites):
-        size = 0 if _without(site.layer) else _moment_bytes(site.layer)
-        if index > start and held + size > _BYTES and not whole:
+        sources = {(node.args[0], geometry(site.layer)) for node in site.nodes}
+        size = 0 if _without(site.layer) else _moment_bytes(site.layer) * len(sources - known)
+        if most is not None and index > start and taken + size > most:
             yield start, index
-            start, held = index, 0
-        held += size
+            start, taken, known = index, 0, set()
+            size = 0 if _without(site.layer) else _moment_bytes(site.layer) * len(sources)
+        taken += size
+        known |= sources
     if start < len(sites):
         yield start, len(sites)

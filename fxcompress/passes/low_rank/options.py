@@ -39,7 +39,7 @@ def check_common(options: Any, amounts: tuple[str, ...] = _AMOUNTS) -> None:
     error = options.error
     if error is not None and not 0 <= error < 1:
         raise OptionError(f"error={error} is outside [0, 1)", where="error", remedy="0.05 allows 5 % of relative error")
-    for name in ("rank", "terms", "round_to", "batches"):
+    for name in ("rank", "terms", "round_to", "batches", "moments_mib"):
         value = getattr(options, name, None)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and number < 1:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.analysis.statistics import CrossMoment, SecondMoment, collect
+from fxcompress.analysis.statistics import CrossMoment, CrossMoments, collect
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.queries import calls_of
@@ -62,21 +62,25 @@ def refit_outer(
             made.append(rewrite)
             continue
         dim = -1 if last.weight.dim() == 2 else 1
-        cross: Any = 0.0
-        moment: Any = 0.0
+        found: list[CrossMoments] = []
         for call, layer in zip(calls, layers, strict=True):
             source = layer.args[0]
             assert isinstance(source, fx.Node)
             asked = CrossMoment(with_=source.name, dim=dim)
-            found = collect(
-                original, calibration, {call.name: asked}, limit=batches, beside=graph_module, progress=context.progress
+            read = collect(
+                original,
+                calibration,
+                {call.name: asked},
+                limit=batches,
+                beside=graph_module,
+                padding=False,
+                progress=context.progress,
             )
-            moments = collect(graph_module, calibration, {layer.name: SecondMoment()}, limit=batches)[
-                layer.name, SecondMoment()
-            ]
-            cross, moment = cross + found[call.name, asked], moment + moments.total[0]
-            if last.bias is not None:
-                cross = cross - last.bias.detach().double()[:, None] * moments.sum
+            found.append(read[call.name, asked])
+        sums = sum(found[1:], found[0])
+        cross, moment = sums.cross, sums.moments.total[0]
+        if last.bias is not None:
+            cross = cross - last.bias.detach().double()[:, None] * sums.moments.sum
         now = last.weight.detach().double().flatten(1)
         fitted = ridge(cross, moment, now).reshape(last.weight.shape)
         with GraphEditor(graph_module) as editor:

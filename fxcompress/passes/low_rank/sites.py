@@ -76,7 +76,7 @@ def find_sites(
             yield Skip(path, "no_values", "Its weight has a shape but no values.", names)
         elif not weight.is_floating_point():
             yield Skip(path, "dtype", f"Its weight is {weight.dtype}.", names)
-        elif not all(bool(torch.isfinite(p).all()) for p in layer.parameters()):
+        elif not all(bool(p.detach().sum().isfinite() or torch.isfinite(p).all()) for p in layer.parameters()):
             yield Skip(path, "not_finite", "Its weights hold NaN or infinities.", names)
         elif any(len(node.args) != 1 or node.kwargs for node in nodes):
             yield Skip(path, "unsupported_call", "It is called with more than its input.", names)

@@ -20,7 +20,7 @@ import torch
 from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
 
-__all__ = ["Factors", "gram", "spectrum", "truncate"]
+__all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
 _CHUNK = 1 << 20  # elements of a weight that are taken into float64 at once
 _LARGE = 512  # from this size on rounding and time are worth a thought
@@ -141,12 +141,12 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) ->
     if seed is not None and rank * _FEW <= full:
         wide = [matrix[0]]
 
-        def product(block: torch.Tensor) -> torch.Tensor:
+        def multiply(block: torch.Tensor) -> torch.Tensor:
             if wide[0].dtype != block.dtype:
                 wide[0] = gram(weight, metric)[0][0]
             return wide[0] @ block
 
-        found = leading(product, full, rank, float(total), like=matrix, seed=seed)
+        found = leading(multiply, full, rank, float(total), like=matrix, seed=seed)
         if found is not None:
             del matrix
             wide.clear()
@@ -171,8 +171,8 @@ def _factors(
     randomized: bool = False,
 ) -> Factors:
     """U Uᵀ W, its scale shared out evenly between the two factors, component by component."""
-    basis = vectors if by_rows else torch.linalg.qr(_product(weight, metric.unscaled(vectors))).Q
-    inner = _product(weight.mT, basis).mT  # [groups, rank, d]
+    basis = vectors if by_rows else torch.linalg.qr(product(weight, metric.unscaled(vectors))).Q
+    inner = product(weight.mT, basis).mT  # [groups, rank, d]
     norm = torch.linalg.vector_norm(inner, dim=-1)
     half = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
     outer = (basis * half[:, None, :]).to(weight.dtype)
@@ -180,7 +180,7 @@ def _factors(
     return Factors(outer, inner, energy, total, randomized)
 
 
-def _product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
     if weight.dtype == right.dtype:
         return weight @ right

@@ -120,7 +120,9 @@ def test_cross_moment_of_two_graphs():
     found = collect(graph_module, [x[:9], x[9:]], {name: asked}, beside=other)[name, asked]
     with torch.no_grad():
         y = model(x).double()
-    torch.testing.assert_close(found, y.T @ y)
+    torch.testing.assert_close(found.cross, y.T @ y)
+    torch.testing.assert_close(found.moments.total[0], y.T @ y)
+    assert found.moments.count == 20
 
 
 @pytest.mark.parametrize("form", ["tensors", "tuples", "dicts", "loader", "generator"])

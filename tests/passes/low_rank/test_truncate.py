@@ -5,7 +5,7 @@ import torch
 
 from fxcompress.analysis.statistics import Moments
 from fxcompress.passes.low_rank.metric import data_metric, plain_metric
-from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
+from fxcompress.passes.low_rank.truncate import spectrum, truncate
 
 
 def moments_of(rows: torch.Tensor) -> Moments:
