@@ -232,7 +232,8 @@ class FactorizeLinear(Pass):
         if self._centred(first) and moments is not None:
             mean = moments.mean[..., None]
             shift = (product(weight, mean) - product(made.outer, product(made.inner, mean)))[0, :, 0]
-        measured = errors(weight, (made.outer, made.inner), metric)
+        norm = float(made.total.sum()) if metric.plain else 0.0
+        measured = errors(weight, (made.outer, made.inner), metric, norm=norm)
         if self._method == "whitened" and metric.moment is not None:
             measured["tail"] = made.tail  # what the spectrum says that the loss must be
         rewrites: list[Rewrite] = []

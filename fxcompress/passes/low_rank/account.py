@@ -36,7 +36,11 @@ def costs(before: int, after: int, macs_before: int | None, macs_after: int | No
 
 
 def errors(
-    weight: torch.Tensor, approximation: torch.Tensor | tuple[torch.Tensor, torch.Tensor], metric: Metric
+    weight: torch.Tensor,
+    approximation: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    metric: Metric,
+    *,
+    norm: float = 0.0,
 ) -> dict[str, Any]:
     """Relative error of the weight, and of the output on the data.
 
@@ -44,8 +48,10 @@ def errors(
         weight: ``[groups, rows, d]``.
         approximation: likewise, of the tensors as they stand in the graph now; or two factors, multiplied in pieces.
         metric: its moment is of the data; without one there is no ``output_error``.
+        norm: square of the weight's, where it is known.
     """
-    loss = energy = plain = norm = 0.0
+    loss = energy = plain = 0.0
+    unknown = not norm
     outer, inner = approximation if isinstance(approximation, tuple) else (approximation, None)
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
     wide = torch.float64 if metric.moment is not None or weight.dtype == torch.float64 else torch.float32
@@ -54,7 +60,7 @@ def errors(
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
         given, made = old.detach().to(wide), piece.detach().to(wide)
         difference = given - (made if inner is None else made @ inner)
-        plain, norm = plain + _energy(difference), norm + _energy(given)
+        plain, norm = plain + _energy(difference), norm + (_energy(given) if unknown else 0.0)
         if metric.moment is not None:
             loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(given))
     found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}

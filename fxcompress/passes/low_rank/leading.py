@@ -1,9 +1,9 @@
 """Leading eigenvectors of a Gram matrix by a randomized, Chebyshev-filtered subspace iteration.
 
-A random block, two power steps (Halko et al. 2011, arXiv:0909.4061), then filters that damp what lies below the least
+A random block, a power step (Halko et al. 2011, arXiv:0909.4061), then filters that damp what lies below the least
 Ritz value (Zhou et al. 2006, J. Comput. Phys. 219): matrix products only, a few per sweep. What a Ritz value θ may
-still lack is at most ‖residual‖² / gap; the sum of these says what another matrix of the rank could gain, and the
-block is handed out only where that is nothing against what every matrix of that rank loses.
+still lack is at most ‖residual‖² / gap; the sum of these estimates what another matrix of the rank could gain, and
+the block is handed out only where that is nothing against what every matrix of that rank loses.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ __all__ = ["block_width", "leading", "trusted"]
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 _SWEEPS = 4
-_GROWTH = 60.0  # of the last wanted component over the unwanted, in one filter
 _DEGREE = 16  # of a filter at most
-_HOPELESS = 32  # a filter that would need this degree: the spectrum is too flat at the rank
-_LACKING = 5e-6  # of the loss: what the block may miss of the best one; half of that in the norm
+_CARRIED = 1e4  # growth of the largest component over the last wanted that float32 bears
+_PROBES, _STEPS = 1, 32  # of the Lanczos runs
+_HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
+_LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
+_ROUNDING = 1e-5  # of the loss: what rounding may take
 
 
 def block_width(rank: int, full: int) -> int:
     """Columns that a rank takes, with those beyond it that make it converge."""
-    return min(rank + max(16, rank // 4), full)
+    return min(rank + max(16, rank // 3), full)
 
 
 def leading(
-    product: Product, size: int, rank: int, total: float, *, like: torch.Tensor, seed: int
+    product: Product, size: int, rank: int, trace: Callable[[], float], *, like: torch.Tensor, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Orthonormal ``[size, rank]`` and float64 eigenvalues, falling; None where it did not converge.
 
@@ -40,22 +42,27 @@ def leading(
         product: of the Gram matrix and a block, in the block's dtype.
         size: of the Gram matrix.
         rank: columns wanted.
-        total: its trace.
+        trace: of it, in the precision of the product before.
         like: of the dtype and device to start with.
         seed: of the random block.
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
     width = block_width(rank, size)
+    last, floor, top = _quantiles(product, size, (rank, width), like, generator)
+    if not 0 < floor < last:
+        return None
     block = torch.randn(size, width, generator=generator, device=like.device, dtype=like.dtype)
-    for _ in range(2):
-        block = torch.linalg.qr(product(block)).Q
+    # From a random block the wanted components may not fall behind the largest by more than the dtype can carry.
+    spread = math.acosh(max(2 * top / floor - 1, 1)) - math.acosh(2 * last / floor - 1)
+    degree = min(_DEGREE, max(1, int(math.log(_CARRIED) / max(spread, 1e-6))))
+    block = torch.linalg.qr(_filtered(product, block, floor, degree, top)).Q
     for sweep in range(_SWEEPS + 1):
         image = product(block)
-        ritz, turned = torch.linalg.eigh((block.mT @ image).double())
-        ritz, turned = ritz.flip(-1).clamp_min(0), turned.flip(-1).to(block.dtype)
+        ritz, turned = torch.linalg.eigh(block.mT @ image)
+        ritz, turned = ritz.double().flip(-1).clamp_min(0), turned.flip(-1)
         wanted, floor = ritz[:rank], float(ritz[-1])
         top, last = float(wanted[0]), float(wanted[-1])
-        loss = total - float(wanted.sum())
+        loss = trace() - float(wanted.sum())
         if not last > 0 or loss <= 0:
             return None
         if not trusted(top, loss, rank, block.dtype):
@@ -70,16 +77,46 @@ def leading(
         if float(missing.sum()) <= _LACKING * loss:
             return block[:, :rank], wanted
         edge = 2 * last / max(floor, 1e-300) - 1
-        degree = math.ceil(math.acosh(_GROWTH) / math.acosh(edge)) if edge > 1 else _HOPELESS
+        # What is missing falls by the square of that growth where the floor is known, which at first it hardly is.
+        wanted_fall = math.log(float(missing.sum()) / (_LACKING / 3 * loss))
+        degree = 1 + math.ceil(wanted_fall / math.acosh(edge)) if edge > 1 else _HOPELESS
         if sweep == _SWEEPS or degree >= _HOPELESS:
             return None
         block = torch.linalg.qr(_filtered(product, block, floor, min(degree, _DEGREE), top)).Q
     return None
 
 
+def _quantiles(
+    product: Product, size: int, counts: tuple[int, int], like: torch.Tensor, generator: torch.Generator
+) -> tuple[float, float, float]:
+    """Values that about so many eigenvalues exceed, and about the largest: stochastic Lanczos quadrature.
+
+    The spectrum's density from a few short Lanczos runs (Golub and Meurant 2010, Matrices, Moments and Quadrature).
+    """
+    now = torch.randn(size, _PROBES, generator=generator, device=like.device, dtype=like.dtype)
+    now = now / now.norm(dim=0)
+    before, off = torch.zeros_like(now), now.new_zeros(_PROBES)
+    steps = min(_STEPS, size)
+    tri = now.new_zeros(_PROBES, steps, steps)
+    for step in range(steps):
+        after = product(now) - before * off
+        tri[:, step, step] = along = (after * now).sum(0)
+        after -= now * along
+        off = after.norm(dim=0)
+        if step + 1 < steps:
+            tri[:, step, step + 1] = tri[:, step + 1, step] = off
+        before, now = now, after / off.clamp_min(torch.finfo(like.dtype).tiny)
+    nodes, vectors = torch.linalg.eigh(tri.double())
+    order = nodes.flatten().argsort(descending=True)
+    nodes, weights = nodes.flatten()[order], vectors[:, 0].square().flatten()[order] * (size / _PROBES)
+    above = weights.cumsum(0) - weights / 2
+    first, second = (float(nodes[min(int((above < count).sum()), len(nodes) - 1)]) for count in counts)
+    return first, second, float(nodes[0])
+
+
 def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:
     """Whether rounding of the Gram matrix, a few units of its largest eigenvalue, is nothing against the loss."""
-    return 10 * torch.finfo(dtype).eps * largest * math.sqrt(rank) <= 2 * _LACKING * loss
+    return 10 * torch.finfo(dtype).eps * largest * math.sqrt(rank) <= _ROUNDING * loss
 
 
 def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, top: float) -> torch.Tensor:

@@ -23,8 +23,9 @@ from fxcompress.passes.low_rank.metric import Metric
 __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
 _CHUNK = 1 << 20  # elements of a weight that are taken into float64 at once
+_BANDS = 4  # in which a symmetric product is made
 _LARGE = 512  # from this size on rounding and time are worth a thought
-_FEW = 6  # times the rank, not more than the full one: few enough for a block of vectors
+_FEW = 5  # times the rank, not more than the full one: few enough for a block of vectors
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,16 @@ def gram(weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float6
     if by_rows and not metric.plain:
         return metric.by_rows(weight, _step(width, len(weight))), True
     matrix = weight if by_rows else weight.mT
-    if matrix.dtype == dtype and metric.plain:
-        return matrix @ matrix.mT, by_rows
     size = matrix.shape[-2]
+    if matrix.dtype == dtype and metric.plain:
+        if size < _LARGE:
+            return matrix @ matrix.mT, by_rows
+        found = weight.new_empty(len(weight), size, size)
+        for band in range(_BANDS):  # of the lower half: it is symmetric
+            start, stop = band * size // _BANDS, (band + 1) * size // _BANDS
+            torch.matmul(matrix[:, start:stop], matrix[:, :stop].mT, out=found[:, start:stop, :stop])
+            found[:, :start, start:stop] = found[:, start:stop, :start].mT
+        return found, by_rows
     found = weight.new_zeros(len(weight), size, size, dtype=dtype)
     for piece in matrix.split(_step(size, len(weight)), -1):
         wide = piece.to(dtype)
@@ -134,22 +142,19 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) ->
     dtype = torch.float32 if narrow else torch.float64
     matrix, by_rows = gram(weight, metric, dtype)
     full = matrix.shape[-1]
-    if metric.plain:
-        total = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64).square()
-    else:
-        total = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     if seed is not None and rank * _FEW <= full:
-        wide = [matrix[0]]
+        held = [matrix[0]]
 
         def multiply(block: torch.Tensor) -> torch.Tensor:
-            if wide[0].dtype != block.dtype:
-                wide[0] = gram(weight, metric)[0][0]
-            return wide[0] @ block
+            if held[0].dtype != block.dtype:
+                held[0] = gram(weight, metric)[0][0]
+            return held[0] @ block
 
-        found = leading(multiply, full, rank, float(total), like=matrix, seed=seed)
+        found = leading(multiply, full, rank, lambda: _trace(held[0]), like=matrix, seed=seed)
+        total = torch.tensor([_trace(held[0])], dtype=torch.float64)
+        held.clear()
         if found is not None:
             del matrix
-            wide.clear()
             return _factors(weight, metric, found[0][None], by_rows, found[1][None], total, randomized=True)
     if not narrow:
         return None
@@ -158,7 +163,11 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) ->
     energy = values.double().flip(-1).clamp_min(0)
     if not trusted(float(energy[0, 0]), float(energy[0, rank:].sum()), rank, dtype):
         return None
-    return _factors(weight, metric, vectors[..., -rank:].flip(-1), by_rows, energy, total)
+    return _factors(weight, metric, vectors[..., -rank:].flip(-1), by_rows, energy, energy.sum(-1))
+
+
+def _trace(matrix: torch.Tensor) -> float:
+    return float(matrix.diagonal().double().sum())
 
 
 def _factors(
@@ -172,7 +181,8 @@ def _factors(
 ) -> Factors:
     """U Uᵀ W, its scale shared out evenly between the two factors, component by component."""
     basis = vectors if by_rows else torch.linalg.qr(product(weight, metric.unscaled(vectors))).Q
-    inner = product(weight.mT, basis).mT  # [groups, rank, d]
+    same = weight.dtype == basis.dtype
+    inner = basis.mT @ weight if same else product(weight.mT, basis).mT  # [groups, rank, d]
     norm = torch.linalg.vector_norm(inner, dim=-1)
     half = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
     outer = (basis * half[:, None, :]).to(weight.dtype)
