@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--peer-blocks", type=int, default=None, help="of speed: blocks that the peer is timed on")
     parser.add_argument("--ratio", type=float, default=0.25, help="of speed")
     parser.add_argument("--ratios", default="0.7,0.5,0.3", help="of the others, with commas")
-    parser.add_argument("--forms", default=None, help="of minilm: only these, with commas")
+    parser.add_argument("--forms", default=None, help="of minilm: only these, with semicolons")
     given = parser.parse_args()
     ratios = tuple(float(item) for item in given.ratios.split(","))
     if given.what == "speed":
@@ -30,7 +30,7 @@ def main() -> None:
     else:
         from benchmarks.low_rank.minilm import minilm
 
-        minilm(ratios, given.forms.split(",") if given.forms else None)
+        minilm(ratios, given.forms.split(";") if given.forms else None)
 
 
 if __name__ == "__main__":

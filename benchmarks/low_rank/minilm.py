@@ -17,7 +17,7 @@ from fxcompress.analysis.cost import cost
 from fxcompress.capture import capture
 from fxcompress.passes import FactorizeLinear
 
-SENTENCES, WORDS = 480, 3072  # of the calibration
+SENTENCES, WORDS = 320, 6144  # of the calibration
 
 
 class Texts:
@@ -122,8 +122,8 @@ def minilm(ratios: tuple[float, ...], chosen: Sequence[str] | None) -> None:
     forms: dict[str, dict[str, Any]] = {
         "plain": {},
         "whitened": {"calibration": calibration},
-        "whitened, shared out": {"calibration": calibration, "scope": "global"},
-        "whitened, refitted": {"calibration": calibration, "refit": True},
+        "whitened, global": {"calibration": calibration, "scope": "global"},
+        "whitened, refit": {"calibration": calibration, "refit": True},
         "asvd": {"calibration": calibration, "method": "asvd"},
     }
     path = RESULTS / "low_rank_minilm.json"

@@ -20,6 +20,8 @@ __all__ = ["CrossMoment", "CrossMoments", "Moments", "SecondMoment"]
 
 # Rows that are taken into float64 at once: bounds the memory beside the activation itself.
 _CHUNK = 1 << 22
+_LARGE = 512  # features from which on only half of the symmetric sum is computed,
+_BANDS = 4  # in so many bands
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,26 @@ class _Products(Accumulator):
             if self.total is None or self.sum is None:
                 self.total = wide.new_zeros(wide.shape[0], wide.shape[2], wide.shape[2])
                 self.sum = wide.new_zeros(wide.shape[0], wide.shape[2])
-            self.total.baddbmm_(wide.mT, wide)
+            size = wide.shape[2]
+            if len(wide) > 1 or size < _LARGE:
+                self.total.baddbmm_(wide.mT, wide)
+            else:
+                for start, stop in _bands(size):  # the lower half alone; `value` mirrors it
+                    self.total[0, start:stop, :stop].addmm_(wide[0, :, start:stop].T, wide[0, :, :stop])
             self.sum += wide.sum(1)
             self.count += rows.shape[1]
 
     def value(self) -> Moments:
         assert self.total is not None and self.sum is not None
+        size = self.total.shape[2]
+        if len(self.total) == 1 and size >= _LARGE:
+            for start, stop in _bands(size):
+                self.total[0, :start, start:stop] = self.total[0, start:stop, :start].T
         return Moments(self.total, self.sum, self.count)
+
+
+def _bands(size: int) -> list[tuple[int, int]]:
+    return [(band * size // _BANDS, (band + 1) * size // _BANDS) for band in range(_BANDS)]
 
 
 @dataclass(frozen=True)

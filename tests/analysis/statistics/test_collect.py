@@ -202,3 +202,43 @@ def test_refusals():
         collect(graph_module, [x], {name: Mean(dim=5)})
     with pytest.raises(OptionError, match="not collected"):
         collect(graph_module, [x], {name: Mean()})[name, MeanAbs()]
+
+
+def test_wide_moments_are_those_of_all_features():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(515, 3)).eval(), torch.randn(40, 515)
+    graph_module = graph_of(model, x[:4])
+    name = names(graph_module)["0"]
+    found = collect(graph_module, list(x.split(7)), {name: SecondMoment()})[name, SecondMoment()]
+    torch.testing.assert_close(found.total[0], x.double().T @ x.double())
+
+
+class Sequences(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.fc, self.name = nn.Linear(4, 4), name
+
+    def forward(self, x, attention_mask=None, key_padding_mask=None):
+        mask = attention_mask if self.name == "attention_mask" else ~key_padding_mask
+        return self.fc(x * mask[..., None])
+
+
+@pytest.mark.parametrize("form", ["attention_mask", "attention_mask as numbers", "key_padding_mask"])
+def test_padding_is_left_out_where_it_is_asked_for(form):
+    torch.manual_seed(0)
+    real = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, True, True]])
+    name = form.split()[0]
+    mask = ~real if name == "key_padding_mask" else real.long() if "numbers" in form else real
+    x = torch.randn(4, 3, 4)
+    batch = {"x": x, name: mask}
+    graph_module = capture(Sequences(name).eval(), batch, dynamic_shapes="batch")
+    node = names(graph_module)["fc"]
+    requests = {node: [SecondMoment(), Mean("output", dim=-1)]}
+    whole = collect(graph_module, [batch], requests)
+    without = collect(graph_module, [batch], requests, padding=False)
+    assert (whole[node, SecondMoment()].count, without[node, SecondMoment()].count) == (12, 9)
+    rows = x[real].double()
+    torch.testing.assert_close(without[node, SecondMoment()].total[0], rows.T @ rows)
+    with torch.no_grad():
+        mean = graph_module.get_submodule("fc")(x[real]).double().mean(0)
+    torch.testing.assert_close(without[node, Mean("output", dim=-1)], mean)
