@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ import onnxruntime
 import torch
 from torch import fx
 
-from fxcompress.backends.base import BuildContext
+from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
@@ -25,6 +25,7 @@ from fxcompress.errors import BackendError, nearest
 
 __all__ = ["MODEL_FILE", "OnnxRuntime", "OnnxRuntimeEngine"]
 
+Session: TypeAlias = onnxruntime.InferenceSession
 OptimizationLevel = Literal["all", "extended", "basic", "disabled"]
 _LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -33,6 +34,8 @@ _LEVELS = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
 _ERRORS_ONLY = 3
+_HALF = (torch.float16, torch.bfloat16)
+_IN_HALF = "weights_in_16_bits"
 _DTYPES = {"float": "float32", "double": "float64"}  # ONNX Runtime's names where they differ from torch's
 
 
@@ -73,6 +76,11 @@ class OnnxRuntime(OnnxBackend):
         level = self.optimization_level
         self._require(level in get_args(OptimizationLevel), "optimization_level", level, nearest(str(level), _LEVELS))
 
+    def write(self, graph_module: fx.GraphModule, directory: Path, signature: Signature, context: BuildContext) -> None:
+        super().write(graph_module, directory, signature, context)
+        if any(tensor.dtype in _HALF for tensor in graph_module.state_dict().values()):
+            context.measurements[_IN_HALF] = True
+
     def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:
         """Quantized graphs use operators that other engines lack; the file of any other graph is for everybody."""
         return is_quantized(graph_module)
@@ -89,6 +97,16 @@ class OnnxRuntime(OnnxBackend):
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine(path, manifest, cls.from_manifest(manifest, overrides))
+
+    def open(self, path: Path, manifest: Manifest, options: onnxruntime.SessionOptions) -> Session:
+        """A session of the bundle at ``path``.
+
+        Raises:
+            BackendError: a provider is missing, or ONNX Runtime refuses the model.
+        """
+        # Its rewrite to blocked layouts ends in a segmentation fault where a transposed value meets 16-bit weights.
+        disabled = ["NchwcTransformer"] if manifest.measurements.get(_IN_HALF) else []
+        return _open(path / MODEL_FILE, self, options, disabled)
 
     def session_options(self) -> onnxruntime.SessionOptions:
         """These options as ONNX Runtime takes them; warnings of the library are silenced, errors are raised."""
@@ -120,7 +138,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, path: Path, manifest: Manifest, backend: OnnxRuntime) -> None:
         super().__init__(path, manifest)
         self.backend = backend
-        self.session = _open(self.path / MODEL_FILE, backend, backend.session_options())
+        self.session = backend.open(self.path, manifest, backend.session_options())
         self._outputs = [spec.name for spec in manifest.outputs]
         self._fed = self._check_against_manifest()
         self._all_fed = len(self._fed) == len(manifest.inputs)
@@ -175,7 +193,7 @@ class OnnxRuntimeEngine(Engine):
             # Weights go beside the graph, so that a model over 2 GB can be written, and need not be read.
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
             options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-            _open(self.path / MODEL_FILE, self.backend, options)
+            self.backend.open(self.path, self.manifest, options)
             return onnx.load(target, load_external_data=False).graph
 
     def _check_against_manifest(self) -> list[str]:
@@ -203,7 +221,9 @@ class OnnxRuntimeEngine(Engine):
         return [item.name for item in inputs]
 
 
-def _open(model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _open(
+    model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions, disabled_optimizers: list[str]
+) -> Session:
     available = onnxruntime.get_available_providers()
     missing = [provider for provider in backend.providers if provider not in available]
     if missing:
@@ -213,7 +233,9 @@ def _open(model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions
             remedy=f"install a build of onnxruntime that has it, or use: {', '.join(available)}",
         )
     try:
-        session = onnxruntime.InferenceSession(str(model), options, providers=list(backend.providers))
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=list(backend.providers), disabled_optimizers=disabled_optimizers
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise BackendError(
             f"ONNX Runtime cannot open the model: {_first_line(error)}",

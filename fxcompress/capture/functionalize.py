@@ -23,6 +23,7 @@ from fxcompress.capture import views
 from fxcompress.capture.twins import functional_twin, result_of
 from fxcompress.errors import CaptureError
 from fxcompress.graph.shapes import where
+from fxcompress.graph.trace import OF_ANY_LAYOUT
 
 __all__ = ["Functionalizer"]
 
@@ -31,13 +32,6 @@ aten = torch.ops.aten
 _NO_OPS = {aten.requires_grad_.default}
 _END = torch.iinfo(torch.int64).max
 _DETACH = {aten.detach.default, aten.detach_.default}
-# Among values nobody can tell a view from a copy. But a view insists on strides, which are not the same once a write
-# became a value, or a pass put other layers before it.
-_OF_ANY_LAYOUT: dict[Any, Any] = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    aten.view_as.default: aten.reshape_as.default,
-}
 
 
 class Functionalizer:
@@ -142,7 +136,7 @@ class Functionalizer:
             return known[n] if n in known else self.read(n)
 
         args, kwargs = map_arg((node.args, node.kwargs), value)
-        return self._create(_OF_ANY_LAYOUT.get(node.target, node.target), args, kwargs, node.name, dict(node.meta))
+        return self._create(OF_ANY_LAYOUT.get(node.target, node.target), args, kwargs, node.name, dict(node.meta))
 
     def emit(self, like: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any) -> fx.Node:
         """A new node that computes ``val``, with the source line of ``like``, named for what it does."""

@@ -13,7 +13,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxcompress.errors import GraphError
 from fxcompress.graph.shapes import no_guards
 
-__all__ = ["trace"]
+__all__ = ["OF_ANY_LAYOUT", "trace"]
+
+aten = torch.ops.aten
+
+OF_ANY_LAYOUT: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
+"""Among values nobody can tell a view from a copy, but a view insists on strides. Those are not the same on fake values
+and on real ones, once a write became a value, or once a pass put other layers before it: so graphs reshape."""
 
 
 def trace(
@@ -39,12 +49,13 @@ def trace(
     table: Any = dict(decompositions or {})
     with mode, torch.no_grad(), no_guards(mode):
         recorded = make_fx(function, table, tracing_mode="symbolic", pre_dispatch=whole)(*values)
-        if _first_write(recorded) is None:
-            return recorded
-        recorded = make_fx(torch.func.functionalize(recorded), table, tracing_mode="symbolic")(*values)
+        if _first_write(recorded) is not None:
+            recorded = make_fx(torch.func.functionalize(recorded), table, tracing_mode="symbolic")(*values)
     write = _first_write(recorded)
     if write is not None:
         raise GraphError(f"{write} writes into its argument; graphs are functional")
+    for node in recorded.graph.nodes:
+        node.target = OF_ANY_LAYOUT.get(node.target, node.target)
     return recorded
 
 

@@ -200,3 +200,21 @@ def test_aot_inductor(tmp_path: Path) -> None:
         for batch in (1, 6):
             for x in (torch.randn(batch, 4), torch.randn(4, batch).T, torch.randn(batch, 8)[:, ::2]):
                 torch.testing.assert_close(engine(x), model(x))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.recurrent(x)[0])
+
+
+def test_operators_of_our_own_taken_apart_take_any_layout() -> None:
+    # What an LSTM gives batch first is transposed in memory, which its fake value does not say.
+    x = torch.randn(2, 5, 6)
+    passes = [fxc.passes.QuantizeDynamic()]
+    compiled = fxc.compile(Tagger().eval(), passes, example_inputs=(x,), progress=False)
+    engine = compiled.export("torch_export")
+    torch.testing.assert_close(torch.as_tensor(engine(x)), compiled(x), rtol=1e-2, atol=1e-2)

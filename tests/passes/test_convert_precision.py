@@ -82,6 +82,22 @@ def test_onnxruntime_takes_it(model):
     assert compiled.engine(*INPUTS)[0].dtype == torch.float32
 
 
+def test_onnxruntime_takes_a_transposed_value_before_narrow_weights():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0])
+
+    x = torch.randn(2, 5, 6)
+    compiled = fxc.compile(
+        Tagger().eval(), [ConvertPrecision()], example_inputs=(x,), backend="onnxruntime", progress=False
+    )
+    torch.testing.assert_close(torch.as_tensor(compiled.engine(x)), compiled(x), rtol=1e-2, atol=1e-2)
+
+
 def test_running_it_twice_changes_nothing(captured):
     once = run(ConvertPrecision(), captured).graph_module
     twice = run(ConvertPrecision(), once).graph_module
