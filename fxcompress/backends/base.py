@@ -169,6 +169,8 @@ class Backend(ABC):
                     skipped = {"skipped": "; ".join(filter(None, (engine.unavailable, context.instead)))}
                     found = skipped if engine.unavailable else dict(context.verify(engine))
                     context.measurements["verification"] = found
+                else:
+                    engine.open()  # whether it can be opened is not left for the first run to find out
                 context.measurements.update(self.examine(engine, graph_module, context))
                 if context.reference is not None:
                     left_out = write_reference(writer.directory, context.reference())

@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-__all__ = ["fold_weights", "strip_weights", "write_model"]
+__all__ = ["all_nodes", "fold_weights", "strip_weights", "weights_file", "write_model"]
 
 Weights = dict[str, torch.Tensor]
 
@@ -58,7 +58,7 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
             fixed.append(node)
             known.update(node.output)
         else:
-            free.update(name for inner in _all_nodes([node]) for name in inner.input)
+            free.update(name for inner in all_nodes([node]) for name in inner.input)
     gone: set[int] = set()
     names: dict[str, str] = {}
     for node in fixed:
@@ -88,7 +88,7 @@ _SUFFIXES = {"Transpose": "transposed", "QuantizeLinear": "quantized"}
 def _rename(graph: onnx.GraphProto, weights: Weights, names: Mapping[str, str]) -> None:
     for old, new in names.items():
         weights[new] = weights.pop(old)
-    for node in _all_nodes(graph.node):
+    for node in all_nodes(graph.node):
         for index, name in enumerate(node.input):
             if name in names:
                 node.input[index] = names[name]
@@ -182,17 +182,17 @@ def _declare(graph: onnx.GraphProto, weights: Weights) -> None:
     graph.value_info.extend(shapes)
 
 
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """The nodes, and those of the graphs inside them."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                yield from _all_nodes(graph.node)
+                yield from all_nodes(graph.node)
 
 
 def _read(graph: onnx.GraphProto) -> set[str]:
-    return {name for node in _all_nodes(graph.node) for name in node.input} | {value.name for value in graph.output}
+    return {name for node in all_nodes(graph.node) for name in node.input} | {value.name for value in graph.output}
 
 
 def _restore(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorProto]:
@@ -210,6 +210,11 @@ def _restore(graph: onnx.GraphProto, weights: Weights) -> dict[str, onnx.TensorP
     return tensors
 
 
+def weights_file(path: Path) -> Path:
+    """Where the weights of the model in ``path`` are, if they are a file of their own."""
+    return path.with_name(path.name + ".data")
+
+
 def write_model(model: onnx.ModelProto, weights: Weights, path: Path) -> Path | None:
     """Write ``model`` to ``path`` with its weights, each straight from its tensor.
 
@@ -221,7 +226,7 @@ def write_model(model: onnx.ModelProto, weights: Weights, path: Path) -> Path | 
     if total <= _EMBED:
         _write_embedded(model, tensors, weights, path)
         return None
-    beside = path.with_name(path.name + ".data")
+    beside = weights_file(path)
     with beside.open("wb") as file:
         for name, tensor in tensors.items():
             data = _bytes(weights[name])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
@@ -19,6 +21,8 @@ from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
+from fxcompress.backends.onnx_parts import run_parts
+from fxcompress.backends.onnx_weights import weights_file
 from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized
 from fxcompress.backends.tensors import Array, numpy_dtype
 from fxcompress.errors import BackendError, nearest
@@ -98,15 +102,21 @@ class OnnxRuntime(OnnxBackend):
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine(path, manifest, cls.from_manifest(manifest, overrides))
 
-    def open(self, path: Path, manifest: Manifest, options: onnxruntime.SessionOptions) -> Session:
-        """A session of the bundle at ``path``.
+    def load_built(self, path: Path, manifest: Manifest) -> OnnxRuntimeEngine:
+        # Much weight is a file of its own. It shall not be held beside the model's while that is being compiled.
+        return OnnxRuntimeEngine(path, manifest, self, later=weights_file(path / MODEL_FILE).exists())
+
+    def open(
+        self, path: Path, manifest: Manifest, options: onnxruntime.SessionOptions, part: bytes | None = None
+    ) -> Session:
+        """A session of the bundle at ``path``, or of ``part`` of its model.
 
         Raises:
             BackendError: a provider is missing, or ONNX Runtime refuses the model.
         """
         # Its rewrite to blocked layouts ends in a segmentation fault where a transposed value meets 16-bit weights.
         disabled = ["NchwcTransformer"] if manifest.measurements.get(_IN_HALF) else []
-        return _open(path / MODEL_FILE, self, options, disabled)
+        return _open(path / MODEL_FILE, part, self, options, disabled)
 
     def session_options(self) -> onnxruntime.SessionOptions:
         """These options as ONNX Runtime takes them; warnings of the library are silenced, errors are raised."""
@@ -125,9 +135,9 @@ class OnnxRuntimeEngine(Engine):
         path: the bundle's directory, with ``model.onnx`` in it.
         manifest: of the bundle.
         backend: options of the session.
+        later: open the session when it is first needed. :meth:`run_each` then goes without it.
 
     Attributes:
-        session: the ``onnxruntime.InferenceSession``, for profiling and the like.
         backend: the options in force.
 
     Raises:
@@ -135,28 +145,68 @@ class OnnxRuntimeEngine(Engine):
             not those of the manifest.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, backend: OnnxRuntime) -> None:
+    def __init__(self, path: Path, manifest: Manifest, backend: OnnxRuntime, *, later: bool = False) -> None:
         super().__init__(path, manifest)
         self.backend = backend
-        self.session = backend.open(self.path, manifest, backend.session_options())
         self._outputs = [spec.name for spec in manifest.outputs]
-        self._fed = self._check_against_manifest()
-        self._all_fed = len(self._fed) == len(manifest.inputs)
         # numpy has no bfloat16, so a model with one at its door is fed through DLPack.
         specs = [*manifest.inputs, *manifest.outputs]
         self._through_numpy = all(numpy_dtype(spec.dtype) is not None for spec in specs)
+        self._opening = threading.Lock()
+        self._session: Session | None = None
+        if not later:
+            self.open()
+
+    @property
+    def session(self) -> Session:
+        """The ``onnxruntime.InferenceSession``, for profiling and the like."""
+        self.open()
+        assert self._session is not None
+        return self._session
+
+    def open(self) -> None:
+        if self._closed:
+            raise self._cannot_run()
+        with self._opening:
+            if self._session is None:
+                session = self.backend.open(self.path, self.manifest, self.backend.session_options())
+                self._fed = self._check_against_manifest(session)
+                self._all_fed = len(self._fed) == len(self.manifest.inputs)
+                self._session = session
 
     def _execute(self, inputs: list[Array]) -> Sequence[Array]:
+        session = self._session or self.session
         feed = dict(zip(self._names, inputs, strict=True))
         if not self._all_fed:
             feed = {name: feed[name] for name in self._fed}
-        try:
+        with self._failures():
             if self._through_numpy:
-                outputs: Sequence[Array] = self.session.run(self._outputs, feed)
+                outputs: Sequence[Array] = session.run(self._outputs, feed)
                 return outputs
             values = {name: _ort_value(value) for name, value in feed.items()}
-            results = self.session.run_with_ort_values(self._outputs, values)
+            results = session.run_with_ort_values(self._outputs, values)
             return [_array(result) for result in results]
+
+    def _execute_each(self, sets: Sequence[list[Array]]) -> list[Sequence[Array]]:
+        if self._session is not None:
+            return super()._execute_each(sets)
+        feeds = [{n: _ort_value(value) for n, value in zip(self._names, inputs, strict=True)} for inputs in sets]
+        with self._failures():
+            found = run_parts(self.path / MODEL_FILE, self._part_session, feeds)
+        return [[_array(values[name]) for name in self._outputs] for values in found]
+
+    def _part_session(self, model: bytes) -> Session:
+        options = self.backend.session_options()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path))
+        options.enable_cpu_mem_arena = False  # it keeps what it allocated once
+        return self.backend.open(self.path, self.manifest, options, model)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except BackendError:
+            raise
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise BackendError(
                 f"ONNX Runtime failed: {_first_line(error)}",
@@ -165,7 +215,7 @@ class OnnxRuntimeEngine(Engine):
             ) from error
 
     def _release(self) -> None:
-        del self.session
+        self._session = None
 
     def optimized_op_counts(self) -> dict[str, int]:
         """How often each ONNX operator occurs in the graph as ONNX Runtime runs it, most frequent first.
@@ -196,10 +246,10 @@ class OnnxRuntimeEngine(Engine):
             self.backend.open(self.path, self.manifest, options)
             return onnx.load(target, load_external_data=False).graph
 
-    def _check_against_manifest(self) -> list[str]:
+    def _check_against_manifest(self, session: Session) -> list[str]:
         """The names of the inputs to feed; an input that nothing reads may have been dropped from the model."""
         where = str(self.path / MODEL_FILE)
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        inputs, outputs = session.get_inputs(), session.get_outputs()
         for what, found, specs in (
             ("input", inputs, self.manifest.inputs),
             ("output", outputs, self.manifest.outputs),
@@ -222,7 +272,11 @@ class OnnxRuntimeEngine(Engine):
 
 
 def _open(
-    model: Path, backend: OnnxRuntime, options: onnxruntime.SessionOptions, disabled_optimizers: list[str]
+    model: Path,
+    part: bytes | None,
+    backend: OnnxRuntime,
+    options: onnxruntime.SessionOptions,
+    disabled_optimizers: list[str],
 ) -> Session:
     available = onnxruntime.get_available_providers()
     missing = [provider for provider in backend.providers if provider not in available]
@@ -234,7 +288,7 @@ def _open(
         )
     try:
         session = onnxruntime.InferenceSession(
-            str(model), options, providers=list(backend.providers), disabled_optimizers=disabled_optimizers
+            part or str(model), options, providers=list(backend.providers), disabled_optimizers=disabled_optimizers
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise BackendError(

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.info import GraphInfo, info
+from fxcompress.heap import give_back
 
 __all__ = ["dynamic_sizes", "flat_inputs", "max_relative_error", "nested_inputs", "outputs_of", "resized"]
 
@@ -56,13 +57,14 @@ def nested_inputs(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> tuple[
 def outputs_of(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], seed: int = 0
 ) -> list[Any]:
-    """Flat leaves of what ``function(*args, **kwargs)`` returns; no gradients, random state as before."""
+    """Flat leaves of what ``function(*args, **kwargs)`` returns; no gradients, random state and heap as before."""
     if isinstance(function, fx.GraphModule) and isinstance(function.meta.get("fxcompress"), GraphInfo):
         if any(module.training for module in function.modules()):
             function = copy_graph(function).eval()  # a norm in train mode would update statistics that are shared
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         leaves: list[Any] = pytree.tree_leaves(function(*args, **kwargs))
+    give_back()
     return leaves
 
 
