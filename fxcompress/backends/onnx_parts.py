@@ -20,8 +20,8 @@ from fxcompress.heap import give_back
 
 __all__ = ["Part", "cut", "run_parts"]
 
-_LEAST = 32 << 20  # bytes of weights; smaller parts would save nothing that counts
-_PARTS = 4  # of a larger model: few, for every border is one that the optimizer cannot work across
+_LEAST = 16 << 20  # bytes of weights; smaller parts would save nothing that counts
+_PARTS = 6  # of a larger model: few, for every border is one that the optimizer cannot work across
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def run_parts(path: Path, opened: Callable[[bytes], Any], feeds: Sequence[Mappin
     outputs = {value.name for value in model.graph.output}
     parts = cut(model)
     known = [dict(feed) for feed in feeds]
+    give_back()
     for index, part in enumerate(parts):
         later = outputs.union(*(other.inputs for other in parts[index + 1 :]))
         session = opened(part.model.SerializeToString())
@@ -74,7 +75,7 @@ def cut(model: onnx.ModelProto, limit: int | None = None) -> list[Part]:
 
     Args:
         model: its weights need not be loaded.
-        limit: None takes a quarter of all weights, but no less than 32 MiB.
+        limit: None takes a sixth of all weights, but no less than 16 MiB.
     """
     sizes = {tensor.name: _nbytes(tensor) for tensor in model.graph.initializer}
     limit = max(_LEAST, -(-sum(sizes.values()) // _PARTS)) if limit is None else limit
