@@ -1,7 +1,7 @@
 """Accuracy and latency of the Fashion-MNIST network with half and with a quarter of its multiply-accumulates.
 
-`PruneChannels` against Torch-Pruning with the same importance (l2 norms summed over a group), the same scope and the
-same budget: accuracy right after the removal, after a short fine-tune that is the same for both, and latency on ONNX
+`PruneChannels` against Torch-Pruning with the same importance (squared l2 norms of kernels and of batch norms' scales,
+summed over a group), the same scope and the same budget: accuracy right after the removal, after a short fine-tune that is the same for both, and latency on ONNX
 Runtime. Torch-Pruning goes first, with the least ratio that meets the budget; what it leaves is the budget of ours.
 
     python -m benchmarks.fashion_mnist.prune                           # 3 seeds, one epoch each

@@ -38,8 +38,9 @@ class PruneChannels(Pass):
 
     Attributes:
         ratio: share of channels to remove, in (0, 1).
-        importance: of a channel: ``l1``, ``l2``, ``fpgm``, ``lamp``, ``bn_scale``, ``random``; with ``calibration``
-            data ``taylor``, ``obd``, ``activation``; or a function ``(weight, dim) -> scores [weight.shape[dim]]``.
+        importance: of a channel, summed over all that goes with it: ``l1``, ``l2`` (norms' scales included), ``fpgm``,
+            ``lamp``, ``bn_scale``, ``random``; with ``calibration`` data ``taylor``, ``obd``, ``activation``; or a
+            function ``(weight, dim) -> scores [weight.shape[dim]]``.
         scope: ``local`` removes the ratio from every group, ``global`` ranks all groups together, each relative to
             its own mean.
         round_to: widths that remain are multiples of this, or per type of layer: ``{"Conv2d": 8, "Linear": 16}``.
@@ -148,7 +149,11 @@ class PruneChannels(Pass):
         """What goes now, so that ``share`` of the way to the goal is done."""
         scores = scores_of(self, graph_module, plan, groups)
         choice = Choice(groups, plan.kinds(groups), scores, self._limits(account, groups, share))
-        return goal.classes(graph_module, plan, lambda ratio: plan.without_empty(choice.at(ratio), scores), share)
+
+        def at(ratio: float) -> NDArray[np.int64]:
+            return plan.without_empty(choice.at(ratio), scores)
+
+        return goal.classes(graph_module, plan, at, choice.apart, share)
 
     @staticmethod
     def _proved(

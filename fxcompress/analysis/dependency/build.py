@@ -16,7 +16,11 @@ from fxcompress.analysis.dependency import (
     indexing,
     movement,
     norms,
+    recurrent,
     reductions,
+    sampling,
+    scattering,
+    spectral,
 )
 from fxcompress.analysis.dependency.builder import Builder, Rule
 from fxcompress.analysis.dependency.constants import is_constant
@@ -33,6 +37,10 @@ _RULES: dict[Any, Rule] = {
     **contraction.RULES,
     **convolution.RULES,
     **norms.RULES,
+    **recurrent.RULES,
+    **scattering.RULES,
+    **sampling.RULES,
+    **spectral.RULES,
 }
 
 

@@ -24,7 +24,7 @@ from fxcompress.analysis.dependency.overloads import overloads
 from fxcompress.analysis.dependency.zeros import combine, contract, every
 from fxcompress.capture.raising import call_arguments
 
-__all__ = ["RULES", "convolution", "linear"]
+__all__ = ["RULES", "convolution", "linear", "made_by"]
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ def _computed_linear(b: Builder, node: fx.Node) -> Layout:
     contract(b, node, [source[-1], weight[-1]])
     if len(weight) == 1:
         return source[:-1]
-    out = _made(b, a["weight"], weight[0])
+    out = made_by(b, a["weight"], weight[0])
     rest = source[:-1]
     if isinstance(a["bias"], fx.Node):
         out = combine(b, node, [out, b.layout(a["bias"])[0]], every)
@@ -128,12 +128,15 @@ def _computed_convolution(rank: int, transposed: bool) -> Rule:
         a = call_arguments(node)
         source, weight = b.layout(a["input"]), b.layout(a["weight"])
         shape = a["weight"].meta["val"].shape
-        groups = int(a["groups"])
+        groups = a["groups"]
+        if not isinstance(groups, int) or any(not isinstance(size, int) for size in shape):
+            b.barrier(node, "the weight's sizes or the groups depend on the input")
+            return tuple(inert(size) for size in node.meta["val"].shape)
         read, made = int(shape[0 if transposed else 1]), int(shape[1 if transposed else 0])
         facts = (read, made * groups, groups, True) if transposed else (read * groups, made, groups, False)
 
         def weigh(layout: tuple[Dim, ...], makes: int) -> Layout:
-            out = _made(b, a["weight"], weight[makes])
+            out = made_by(b, a["weight"], weight[makes])
             if groups == 1:
                 contract(b, node, [layout[1 - makes], weight[1 - makes]])
                 return (layout[0], out) if makes else (out, layout[1])
@@ -147,9 +150,6 @@ def _computed_convolution(rank: int, transposed: bool) -> Rule:
         def count(lead: Dim) -> None:
             b.counts[node] = lead
 
-        if any(not isinstance(size, int) for size in shape):
-            b.barrier(node, "the weight has a symbolic size")
-            return tuple(inert(size) for size in node.meta["val"].shape)
         result = list(_convolved(b, node, source, tuple(map(int, shape[2:])), facts, weigh, count))
         place = len(result) - rank - 1
         if groups > 1 and any(block.dirt.any() for dim in weight for block in blocks(dim)):
@@ -161,7 +161,7 @@ def _computed_convolution(rank: int, transposed: bool) -> Rule:
     return rule
 
 
-def _made(b: Builder, weight: fx.Node, out: Dim) -> Dim:
+def made_by(b: Builder, weight: fx.Node, out: Dim) -> Dim:
     """Say that ``out``, a dimension of a computed weight, is made here, by the parameters that it comes from."""
     labels = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(x.labels.reshape(-1) for x in blocks(out))]))
     if not labels.size:

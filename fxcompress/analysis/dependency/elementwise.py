@@ -113,13 +113,15 @@ def _fixed(b: Builder, node: fx.Node) -> Any:
 
 
 def _topk(b: Builder, node: fx.Node) -> Any:
-    """Topk and sort: of the dimension, every index matters; what is picked has another size."""
+    """Topk, sort, kthvalue, cummax: of the dimension, every index matters; what is picked has another size."""
     a = call_arguments(node)
     layout = list(b.layout(a["self"]))
     place = int(a["dim"]) % len(layout) if layout else 0
     if layout and is_live(layout[place]):
         b.barrier(node, f"{name(node)} compares channels with each other", [layout[place]])
     values = node.meta["val"]
+    if name(node) == "kthvalue" and not a["keepdim"]:
+        return [tuple(map(dirtied, [*layout[:place], *layout[place + 1 :]]))] * len(values)
     layout = [
         inert(values[0].shape[place]) if index == place and not is_live(dim) else dirtied(dim)
         for index, dim in enumerate(layout)
@@ -141,8 +143,10 @@ _POINTWISE = """
     addcmul addcdiv atan2 arctan2 float_power copysign hypot xlogy special_expit special_erf special_logit fill
     zeros_like ones_like full_like rand_like randn_like heaviside ldexp logaddexp logaddexp2 rrelu
     __and__ __or__ __xor__ bitwise_left_shift bitwise_right_shift isclose
+    real imag conj _conj conj_physical _conj_physical resolve_conj resolve_neg angle complex polar
+    fake_quantize_per_tensor_affine bucketize
 """
-_ALONG = "softmax log_softmax _softmax softmin cumsum cumprod logcumsumexp"
+_ALONG = "argsort softmax log_softmax _softmax softmin cumsum cumprod logcumsumexp"
 
 
 RULES: dict[Any, Rule] = {
@@ -151,12 +155,12 @@ RULES: dict[Any, Rule] = {
     aten.to.other: _like,
     **dict.fromkeys(overloads(_ALONG), _along),
     **dict.fromkeys(overloads("triu tril"), _triangle),
-    **dict.fromkeys(overloads("topk sort"), _topk),
+    **dict.fromkeys(overloads("topk sort kthvalue cummax cummin"), _topk),
     aten.glu.default: _glu,
     **dict.fromkeys(
         overloads(
             "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d upsample_linear1d "
-            "max_pool1d_with_indices _upsample_nearest_exact1d lp_pool1d"
+            "max_pool1d_with_indices _upsample_nearest_exact1d reflection_pad1d replication_pad1d"
         ),
         spatial(1),
     ),
@@ -164,14 +168,14 @@ RULES: dict[Any, Rule] = {
         overloads(
             "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest2d "
             "upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d reflection_pad2d replication_pad2d "
-            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa lp_pool2d"
+            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
         ),
         spatial(2),
     ),
     **dict.fromkeys(
         overloads(
             "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d upsample_nearest3d upsample_trilinear3d "
-            "max_pool3d_with_indices _upsample_nearest_exact3d"
+            "max_pool3d_with_indices _upsample_nearest_exact3d reflection_pad3d replication_pad3d"
         ),
         spatial(3),
     ),

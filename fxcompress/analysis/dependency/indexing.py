@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fxcompress.analysis.dependency.overloads import overloads
 from fxcompress.analysis.dependency.zeros import combine, every
 from fxcompress.capture.raising import call_arguments
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "indexed"]
 
 aten = torch.ops.aten
 
@@ -209,15 +210,21 @@ def _index(b: Builder, node: fx.Node) -> Layout:
     made = sizes(node)
     if "indices" not in a:
         return tuple(inert(made[i]) if i == taken[0] else dim for i, dim in enumerate(layout))
-    consumed = _consumed(given)
-    rest = [dim for number, dim in enumerate(layout) if number not in consumed]
+    rest, place = indexed(layout, given)
     fresh = len(made) - len(rest)
-    adjacent = taken == list(range(taken[0], taken[-1] + 1))
-    place = taken[0] if adjacent else 0
     return (*rest[:place], *(inert(size) for size in made[place : place + fresh]), *rest[place:])
 
 
-def _consumed(indices: list[Any]) -> set[int]:
+def indexed(layout: Layout, indices: Sequence[Any]) -> tuple[list[Dim], int]:
+    """The dimensions that index tensors leave, and the place among them of what the indices make."""
+    taken = [number for number, index in enumerate(indices) if index is not None]
+    consumed = _consumed(indices)
+    rest = [dim for number, dim in enumerate(layout) if number not in consumed]
+    adjacent = taken == list(range(taken[0], taken[-1] + 1))
+    return rest, taken[0] if adjacent else 0
+
+
+def _consumed(indices: Sequence[Any]) -> set[int]:
     """Dimensions that index tensors replace; a mask replaces as many as it has."""
     found: set[int] = set()
     dim = 0

@@ -11,6 +11,7 @@ from torch import fx
 from fxcompress.analysis.dependency.builder import Builder, Rule
 from fxcompress.analysis.dependency.layout import Dim, Factor, Layout, dirtied, inert, is_live, labelled, size_of
 from fxcompress.analysis.dependency.overloads import overloads
+from fxcompress.analysis.dependency.zeros import combine, product
 from fxcompress.capture.raising import call_arguments
 
 __all__ = ["RULES", "refused", "same_size", "sizes"]
@@ -160,6 +161,27 @@ def _windows(b: Builder, node: fx.Node) -> Layout:
     return (*layout, inert(int(a["size"])))
 
 
+def _along(b: Builder, node: fx.Node) -> Layout:
+    """diff, diagonal, rot90: the dimensions that they name stay whole, of the others each index is its own."""
+    a = call_arguments(node)
+    layout = b.layout(a["self"])
+    named = a["dims"] if "dims" in a else [a[key] for key in ("dim", "dim1", "dim2") if key in a]
+    dims = {int(dim) % len(layout) for dim in named}
+    if a.get("prepend") is not None or a.get("append") is not None:
+        return refused(b, node)
+    live = [layout[dim] for dim in sorted(dims) if is_live(layout[dim])]
+    if "offset" in a and a["offset"] == 0 and len(live) == 2 and same_size(size_of(live[0]), size_of(live[1])):
+        rest = [dim for number, dim in enumerate(layout) if number not in dims]
+        return (*rest, combine(b, node, live, product))  # of a square: an index goes from both sides
+    if live:
+        b.barrier(node, f"{node.target._opname} tells these indices by their place", live)  # type: ignore[union-attr]
+    made = sizes(node)
+    if len(made) == len(layout):
+        return tuple(inert(size) if number in dims else layout[number] for number, size in enumerate(made))
+    rest = [dim for number, dim in enumerate(layout) if number not in dims]
+    return (*rest, inert(made[-1]))  # the diagonal stands last
+
+
 def _getitem(b: Builder, node: fx.Node) -> Any:
     return b.values[node.args[0]][node.args[1]]  # type: ignore[index]
 
@@ -187,6 +209,7 @@ RULES: dict[Any, Rule] = {
     aten.col2im.default: _col2im,
     aten.unfold.default: _windows,
     aten.lift_fresh_copy.default: _same,
+    **dict.fromkeys(overloads("diff diagonal diagonal_copy rot90"), _along),
 }
 for _typed in (aten.view.dtype, aten.view_copy.dtype):
     RULES.pop(_typed, None)

@@ -177,7 +177,8 @@ def _weight_norm(b: Builder, node: fx.Node) -> Layout:
     if place == -1 or len(length) != len(rows):
         b.barrier(node, "weight norm over the whole weight")
         return tuple(inert(size) for size in node.meta["val"].shape)
-    b.pin([rows[place], length[place]], node.name, "weight norm of a removed row is 0/0: remove the norm first")
+    reason = "weight norm of a removed row is 0/0: fold it before, by FuseModules(rules=('fold_constants',))"
+    b.pin([rows[place], length[place]], node.name, reason)
     return broadcast(b, node, [rows, length], len(rows), product)
 
 

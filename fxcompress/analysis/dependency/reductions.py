@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ aten = torch.ops.aten
 
 # Zeros add nothing to these.
 _SUMS = {"sum", "nansum", "any", "count_nonzero", "norm", "linalg_vector_norm", "linalg_norm", "frobenius_norm"}
+# The zeros take part: a rewrite puts one of them back.
+_EXTREMES = {"amax", "amin", "max", "min", "aminmax"}
 # These divide by a count, which a rewrite keeps as it was.
 _MEANS = {"mean", "var", "std", "var_mean", "std_mean"}
 # Over what stays, these make something other than zero of zeros.
@@ -58,7 +61,10 @@ def _over_channels(b: Builder, node: fx.Node, dims: list[Any]) -> None:
     order = _order(node) if "norm" in kind else 2.0
     counted = kind in ("var", "std", "var_mean", "std_mean")
     symbolic = counted and any(not isinstance(size_of(dim), int) for dim in dims)
-    if kind not in _SUMS | _MEANS or order is None or order <= 0 or symbolic:
+    if kind in ("max", "min") and any(user.args[1] == 1 for user in node.users if user.target is operator.getitem):
+        b.barrier(node, f"the place of the {kind} over removable channels would change with their number", live)
+        return
+    if kind not in _SUMS | _MEANS | _EXTREMES or order is None or order <= 0 or symbolic:
         b.barrier(node, f"{kind} over removable channels would change with their number", live)
         return
     for dim in live:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from fxcompress.graph.copying import copy_graph
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.pruning.plan import Plan
 from fxcompress.passes.pruning.remove import remove
-from fxcompress.passes.pruning.target import reach
+from fxcompress.passes.pruning.target import reach, refill
 
 __all__ = ["Goal", "goal_of"]
 
@@ -52,6 +52,8 @@ class Goal:
         measure: of a graph, and ``what`` it measures, with the unit.
         start: the measure now.
         target: what shall be left of it.
+        tries: measurements of the search for a ratio.
+        cheap: groups are measured one by one after that.
     """
 
     ratio: float | None = None
@@ -60,11 +62,24 @@ class Goal:
     start: float = 0.0
     target: float = 0.0
     tries: int = 12
+    cheap: bool = True
 
     def classes(
-        self, graph_module: fx.GraphModule, plan: Plan, at: Callable[[float], Classes], share: float
+        self,
+        graph_module: fx.GraphModule,
+        plan: Plan,
+        at: Callable[[float], Classes],
+        apart: Callable[[Classes], Sequence[Classes]],
+        share: float,
     ) -> Classes:
-        """What goes so that ``share`` of the way is done; ``at`` gives the classes for a ratio.
+        """What goes so that ``share`` of the way is done.
+
+        Args:
+            graph_module: the graph as it is.
+            plan: its dependencies.
+            at: the classes for a ratio.
+            apart: classes by group, those first that matter most.
+            share: in (0, 1]; below 1 in all but the last of several steps.
 
         Raises:
             PreconditionError: the target cannot be reached.
@@ -81,7 +96,10 @@ class Goal:
             return measure(copied)
 
         target = self.start - (self.start - self.target) * share
-        return reach(at, left, target, what=self.what, tries=self.tries)[1]
+        gone, short = reach(at, left, target, what=self.what, tries=self.tries)
+        if not self.cheap:
+            return gone
+        return refill(gone, apart(np.setdiff1d(gone, short)), left, target)
 
 
 def goal_of(amount: Amount, graph_module: fx.GraphModule, context: PassContext) -> Goal:
@@ -114,7 +132,7 @@ def goal_of(amount: Amount, graph_module: fx.GraphModule, context: PassContext) 
     if target >= start:
         raise OptionError(f"latency_ms={target:g} is no less than the {start:.3g} ms it takes now", where="latency_ms")
     what = f"ms on {amount.backend}"
-    return Goal(None, lambda graph: latency(graph, amount.backend), what, start, target, _LATENCY_TRIES)
+    return Goal(None, lambda graph: latency(graph, amount.backend), what, start, target, _LATENCY_TRIES, cheap=False)
 
 
 def _parameters(graph_module: fx.GraphModule) -> float:

@@ -29,15 +29,20 @@ def weight_criterion(name: str, graph_module: fx.GraphModule, seed: int) -> Crit
     if name == "random":
         generator = torch.Generator().manual_seed(seed)
         return lambda _, weight, dim: torch.rand(weight.shape[dim], generator=generator)
-    if name == "bn_scale":
-        scales = {
-            f"{path}.weight"
-            for path, layer in graph_module.named_modules(remove_duplicate=False)
-            if isinstance(layer, _NORMS)
-        }
-        return lambda path, weight, _: weight.abs() if path in scales and weight.dim() == 1 else None
-    score = _OF_MATRICES[name]
-    return lambda _, weight, dim: score(weight, dim) if weight.dim() > 1 else None
+    scales = {
+        f"{path}.weight"
+        for path, layer in graph_module.named_modules(remove_duplicate=False)
+        if isinstance(layer, _NORMS)
+    }
+    score = _OF_MATRICES.get(name)
+    of_scales = _OF_SCALES.get(name)
+
+    def criterion(path: str, weight: torch.Tensor, dim: int) -> torch.Tensor | None:
+        if weight.dim() > 1:
+            return score(weight, dim) if score is not None else None
+        return of_scales(weight.float()) if of_scales is not None and path in scales else None
+
+    return criterion
 
 
 def of_user(score: UserScore) -> Criterion:
@@ -100,6 +105,13 @@ _OF_MATRICES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "l2": _l2,
     "fpgm": _fpgm,
     "lamp": _lamp,
+}
+
+# A norm's scale is a weight of its channel like any other, the only one that an affine map between them leaves.
+_OF_SCALES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "l1": torch.abs,
+    "l2": torch.square,
+    "bn_scale": torch.abs,
 }
 
 WEIGHT_CRITERIA = (*_OF_MATRICES, "bn_scale", "random")

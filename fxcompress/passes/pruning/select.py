@@ -57,7 +57,8 @@ class Choice:
         own = [scores[group.classes] for group in groups]
         self._ranked = [g.classes[np.argsort(values, kind="stable")] for g, values in zip(groups, own, strict=True)]
         # Groups differ in scale by orders of magnitude; relative to their own mean they compare.
-        self._relative = [np.sort(values / max(float(values.mean()), 1e-30)) for values in own]
+        self._scores, self._own = scores, [values / max(float(values.mean()), 1e-30) for values in own]
+        self._relative = [np.sort(values) for values in self._own]
         self._fixed = [self._own_ratio(group) for group in groups]
         self._before = [
             width // group.multiplicity for width, group in zip(limits.originals, groups, strict=True)
@@ -81,6 +82,17 @@ class Choice:
                 wanted = int(np.searchsorted(self._relative[index], threshold))
             removed.append(self._ranked[index][: self._rounded(group, wanted, *self._steps[index])])
         return np.concatenate(removed)
+
+    def apart(self, classes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Classes by group, the group first whose least of them matters most, relative to the group's mean."""
+        wanted = np.zeros(len(self._scores), dtype=bool)
+        wanted[classes] = True
+        parts = [
+            (float(relative[mine].min()), group.classes[mine])
+            for group, relative in zip(self._groups, self._own, strict=True)
+            if (mine := wanted[group.classes]).any()
+        ]
+        return [part for _, part in sorted(parts, key=lambda item: -item[0])]
 
     def _own_ratio(self, group: Group) -> float | None:
         found = [

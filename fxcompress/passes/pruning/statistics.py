@@ -4,7 +4,8 @@ With ``N`` channels of which ``k`` stay and the others are zero,
 
     mean = mean_k · k/N        var = (Σ_k (x−m)² + (N−k)·m²) / (N−c),   m = Σ_k x / N
 
-and an RMS norm is itself with ``eps·N/k``, times ``√(N/k)``.
+and an RMS norm is itself with ``eps·N/k``, times ``√(N/k)``. The maximum of what stays and of the zeros that were
+there is ``max(max_k, 0)``.
 """
 
 from __future__ import annotations
@@ -93,6 +94,22 @@ def _variance(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
         editor.replace(user, results[int(user.args[1])])  # type: ignore[arg-type]
 
 
+def _extreme(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    """max, min and their like; removed channels were zeros among the others."""
+    if _share(node, removal) == 1:
+        return
+    kind = str(node.target._opname)  # type: ignore[union-attr]
+    results = [("min" in kind, node)]
+    if isinstance(node.meta["val"], (tuple, list)):
+        both = kind == "aminmax"
+        results = [(user.args[1] == 0 if both else "min" in kind, user) for user in node.users]
+    for least, result in results:
+        clamp = aten.clamp_max.default if least else aten.clamp_min.default
+        made = editor.insert_call(clamp, (result, 0), after=result, like=result)
+        removal.builder.values[made] = removal.builder.values[result]
+        editor.replace(result, made)
+
+
 def _correction(arguments: dict[str, Any]) -> float:
     if arguments.get("correction") is not None:
         return float(arguments["correction"])
@@ -121,6 +138,10 @@ def _normalized(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
 RULES: dict[Any, Any] = {
     **dict.fromkeys(overloads("mean"), _mean),
     **dict.fromkeys(overloads("var std var_mean std_mean"), _variance),
+    **dict.fromkeys(
+        (o for o in overloads("amax amin max min aminmax") if "other" not in {x.name for x in o._schema.arguments}),
+        _extreme,
+    ),
     aten.layer_norm.default: _normalized,
     aten.rms_norm.default: _normalized,
 }

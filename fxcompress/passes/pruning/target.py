@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxcompress.errors import PreconditionError
 
-__all__ = ["reach"]
+__all__ = ["reach", "refill"]
 
 Classes = NDArray[np.int64]
 
@@ -23,7 +23,7 @@ def reach(
     *,
     what: str,
     tries: int = 12,
-) -> tuple[float, Classes]:
+) -> tuple[Classes, Classes]:
     """Bisect for the least ratio whose removal measures at most ``target``.
 
     Args:
@@ -32,6 +32,9 @@ def reach(
         target: in the unit of ``measure``.
         what: name of the measure with its unit, for the error.
         tries: measurements beyond the first.
+
+    Returns:
+        the classes that go, and the larger set's neighbour: those of the largest ratio found to fall short.
 
     Raises:
         PreconditionError: not even the largest removal reaches the target.
@@ -53,4 +56,29 @@ def reach(
             low, none = middle, classes
         else:
             high, best = middle, classes
-    return high, best
+    return best, none
+
+
+def refill(
+    gone: Classes, pieces: Sequence[Classes], measure: Callable[[Classes], float], target: float
+) -> Classes:
+    """Bisect for the most ``pieces``, in their order, that can stay after all.
+
+    A ratio takes something from every group at once, and so overshoots a target. Between the ratio that reaches it and
+    the one that falls short, groups can be told apart.
+
+    Args:
+        gone: the classes that would go.
+        pieces: parts of ``gone``, what matters most first; each leaves a legal width.
+        measure: what is left after classes went.
+        target: in the unit of ``measure``.
+    """
+    low, high, best = 0, len(pieces), gone
+    while low < high:
+        middle = (low + high + 1) // 2
+        fewer = np.setdiff1d(gone, np.concatenate(pieces[:middle]))
+        if measure(fewer) <= target:
+            low, best = middle, fewer
+        else:
+            high = middle - 1
+    return best
