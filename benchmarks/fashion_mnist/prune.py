@@ -1,11 +1,15 @@
 """Accuracy and latency of the Fashion-MNIST network with half and with a quarter of its multiply-accumulates.
 
 `PruneChannels` against Torch-Pruning with the same importance (squared l2 norms of kernels and of batch norms' scales,
-summed over a group), the same scope and the same budget: accuracy right after the removal, after a short fine-tune that is the same for both, and latency on ONNX
-Runtime. Torch-Pruning goes first, with the least ratio that meets the budget; what it leaves is the budget of ours.
+summed over a group), the same scope and the same budget: accuracy right after the removal, after a short fine-tune
+that is the same for both, and latency on ONNX Runtime. Torch-Pruning goes first, with the least ratio that meets the
+budget; what it leaves is the budget of ours.
 
     python -m benchmarks.fashion_mnist.prune                           # 3 seeds, one epoch each
     python -m benchmarks.fashion_mnist.prune --seeds 1 --epochs 0.2    # a quick look; writes no results
+    python -m benchmarks.fashion_mnist.prune --resume                  # goes on with a run that was cut off
+
+Every network is tuned with one seed before any is with the next, and the results are written after each.
 """
 
 from __future__ import annotations
@@ -48,8 +52,6 @@ class Setting:
     """What all networks of one run have in common."""
 
     scope: str
-    epochs: float
-    seeds: int
     inputs: torch.Tensor
     calibration: Sequence[torch.Tensor]
 
@@ -135,11 +137,8 @@ def macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def measure(
-    name: str, method: Method | None, share: float, model: nn.Module, data: tuple[Split, Split], setting: Setting
-) -> Row:
-    """The row of one network; `model` is left as it is."""
-    train, test = data
+def described(name: str, method: Method | None, share: float, model: nn.Module, test: Split, epochs: float) -> Row:
+    """The row of one network before it is tuned; `model` is left as it is."""
     row: Row = {
         "network": f"{name}, {share:.0%} of the MACs" if method else name,
         "tool": method.tool if method else None,
@@ -148,19 +147,32 @@ def measure(
         "macs": macs(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "pruned": accuracy(model, test),
+        "epochs": epochs,
     }
     print(f"{row['network']}: {row['macs']:,} MACs, {row['pruned']:.2f}% without fine-tuning", flush=True)
-    if method is None or not setting.epochs:
-        return row
-    row["seeds"] = []
-    for seed in range(setting.seeds):
-        tuned, start = copy.deepcopy(model), time.perf_counter()
-        fit(tuned, train, epochs=setting.epochs, lr=LEARNING_RATE, seed=seed)
-        row["seeds"].append(accuracy(tuned, test))
-        print(f"  seed {seed}: {row['seeds'][-1]:.2f}% after {time.perf_counter() - start:.0f} s", flush=True)
+    return row
+
+
+def tune(row: Row, model: nn.Module, data: tuple[Split, Split], seed: int) -> None:
+    """Fine-tune a copy of `model` and add its accuracy to the row."""
+    train, test = data
+    tuned, start = copy.deepcopy(model), time.perf_counter()
+    fit(tuned, train, epochs=row["epochs"], lr=LEARNING_RATE, seed=seed)
+    row.setdefault("seeds", []).append(accuracy(tuned, test))
     row["tuned"] = statistics.mean(row["seeds"])
     row["spread"] = max(row["seeds"]) - min(row["seeds"])
-    return row
+    print(
+        f"{row['network']}, seed {seed}: {row['seeds'][-1]:.2f}% after {time.perf_counter() - start:.0f} s", flush=True
+    )
+
+
+def taken_up(rows: Sequence[Row], known: Sequence[Row]) -> None:
+    """Take the tuned accuracies of an earlier run for networks that are the same."""
+    same = ("network", "macs", "parameters", "pruned", "epochs")
+    for row in rows:
+        for other in known:
+            if "seeds" in other and all(row[key] == other.get(key) for key in same):
+                row |= {key: other[key] for key in ("seeds", "tuned", "spread")}
 
 
 def time_engines(models: Mapping[str, nn.Module], rows: Sequence[Row], repetitions: int) -> None:
@@ -209,16 +221,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="of pruning and training; latencies take one")
     parser.add_argument("--repetitions", type=int, default=300, help="of each latency")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--resume", action="store_true", help="take what the output holds of the same networks")
     parser.add_argument("--output", type=Path, help="JSON file; by default results/, for a full run only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="torch_pruning")
     data = load("train"), load("test")
     images = normalize(data[0].images[:CALIBRATION])
-    setting = Setting(options.scope, options.epochs, options.seeds, images[:2], images.split(128))
+    setting = Setting(options.scope, images[:2], images.split(128))
     original = trained(options.checkpoint)
+    full = options.seeds >= SEEDS and options.epochs >= EPOCHS
+    output = options.output or (RESULTS if full else None)
     models: dict[str, nn.Module] = {"original": original}
-    rows = [measure("original", None, 1, original, data, setting)]
+    rows = [described("original", None, 1, original, data[1], 0)]
     for share in SHARES:
         budgets: dict[int, int] = {}  # by rounding
         for name, method in METHODS.items():
@@ -229,14 +244,24 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{name}, {share:.0%} of the MACs: {error}", flush=True)
                 continue
             budgets.setdefault(method.round_to, macs(model))
-            rows.append(measure(name, method, share, model, data, setting))
+            rows.append(described(name, method, share, model, data[1], options.epochs))
             models[rows[-1]["network"]] = model
+    if options.resume and output is not None:
+        taken_up(rows, _results.read_rows(output))
+    for seed in range(options.seeds if options.epochs else 0):
+        for row in rows[1:]:
+            if len(row.get("seeds", [])) <= seed:
+                tune(row, models[row["network"]], data, seed)
+                if output is not None:
+                    write(output, rows, options)
     time_engines(models, rows, options.repetitions)
     print(_results.table(rows, COLUMNS))
-    full = options.seeds >= SEEDS and options.epochs >= EPOCHS
-    output = options.output or (RESULTS if full else None)
-    if output is None:
-        return
+    if output is not None:
+        write(output, rows, options)
+
+
+def write(output: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """The table as it stands."""
     facts = _results.machine_facts(options.threads)
     facts["torch-pruning"] = _results.importlib.metadata.version("torch-pruning")
     _results.write(
@@ -253,8 +278,8 @@ def main(arguments: list[str] | None = None) -> None:
 def notes(options: argparse.Namespace) -> list[str]:
     """What was measured and how."""
     return [
-        f"Importance l2 and {options.scope} scope for both tools. Torch-Pruning takes the least ratio that leaves at "
-        "most the given share of the MACs of one image; fxcompress has at most the MACs that this left. `in 16s`: the "
+        f"Importance l2, of kernels and batch norms' scales, and {options.scope} scope for both tools. "
+        "Torch-Pruning takes the least ratio that leaves at most the given share of the MACs of one image; fxcompress has at most the MACs that this left. `in 16s`: the "
         "widths that remain are multiples of 16. A row is missing where no ratio reaches the budget.",
         "`pruned` is the accuracy in percent on the 10,000 test images right after the removal; `tuned` the mean over "
         f"{options.seeds} seeds after a fine-tune of {options.epochs:g} epochs by the same loop, `spread` their "

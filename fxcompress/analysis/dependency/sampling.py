@@ -1,5 +1,4 @@
-"""Rules of sampling and unpooling: each channel of an image is read or written at places that are equal for all or
-its own, and of bags of embeddings."""
+"""Rules of sampling and unpooling, which treat each channel of an image alone, and of bags of embeddings."""
 
 from __future__ import annotations
 

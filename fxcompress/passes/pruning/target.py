@@ -59,9 +59,7 @@ def reach(
     return best, none
 
 
-def refill(
-    gone: Classes, pieces: Sequence[Classes], measure: Callable[[Classes], float], target: float
-) -> Classes:
+def refill(gone: Classes, pieces: Sequence[Classes], measure: Callable[[Classes], float], target: float) -> Classes:
     """Bisect for the most ``pieces``, in their order, that can stay after all.
 
     A ratio takes something from every group at once, and so overshoots a target. Between the ratio that reaches it and
