@@ -102,7 +102,7 @@ def _extreme(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
     results = [("min" in kind, node)]
     if isinstance(node.meta["val"], (tuple, list)):
         both = kind == "aminmax"
-        results = [(user.args[1] == 0 if both else "min" in kind, user) for user in node.users]
+        results = [(bool(user.args[1] == 0) if both else "min" in kind, user) for user in node.users]
     for least, result in results:
         clamp = aten.clamp_max.default if least else aten.clamp_min.default
         made = editor.insert_call(clamp, (result, 0), after=result, like=result)
