@@ -280,7 +280,8 @@ def notes(options: argparse.Namespace) -> list[str]:
     return [
         f"Importance l2, of kernels and batch norms' scales, and {options.scope} scope for both tools. "
         "Torch-Pruning takes the least ratio that leaves at most the given share of the MACs of one image; fxcompress "
-        "has at most the MACs that this left. `in 16s`: the widths that remain are multiples of 16. A row is missing where no ratio reaches the budget.",
+        "has at most the MACs that this left. `in 16s`: the widths that remain are multiples of 16. "
+        "A row is missing where no ratio reaches the budget.",
         "`pruned` is the accuracy in percent on the 10,000 test images right after the removal; `tuned` the mean over "
         f"{options.seeds} seeds after a fine-tune of {options.epochs:g} epochs by the same loop, `spread` their "
         "largest minus their smallest.",
