@@ -1,6 +1,7 @@
 """Is channel removal exact on small hard models, and what does Torch-Pruning make of the same ones?
 
     python -m benchmarks.prune_patterns [--only NAME …] [--no-pairs]
+    python -m benchmarks.prune_patterns --new    # only models that the table does not have yet, or has as failed
 
 Each model loses half of its channels, by l2 and by random importance, and is judged by the dead-channel rule: the
 original with everything zeroed that was removed must give the pruned model's outputs.
@@ -20,6 +21,7 @@ from benchmarks.patterns import PATTERNS, Pattern, pairs
 from benchmarks.patterns.judge import Verdict, ours
 from benchmarks.patterns.torch_pruning import available, theirs
 
+RESULTS = _results.RESULTS / "prune_patterns.json"
 IMPORTANCES = ("l2", "random")
 COLUMNS = (
     "model",
@@ -39,12 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of patterns; nothing is written")
     parser.add_argument("--no-pairs", action="store_true", help="leave out the pairs; nothing is written")
+    parser.add_argument("--new", action="store_true", help="leave recorded models as they are")
     options = parser.parse_args()
     chains: list[tuple[Pattern, ...]] = [(PATTERNS[name],) for name in options.only or PATTERNS]
     if not options.only and not options.no_pairs:
         chains += pairs()
     compared = available()
-    rows = [row(chain, compared) for chain in chains]
+    recorded = _results.read_rows(RESULTS) if options.new else []
+    known = {found["model"]: found for found in recorded if found["as_expected"]}
+    rows = [known.get(_name(chain)) or row(chain, compared) for chain in chains]
     summary = _summary(rows, compared)
     for key, value in summary.items():
         print(f"{key.replace('_', ' ')}: {value}")
@@ -61,7 +66,7 @@ def row(chain: Sequence[Pattern], compared: bool) -> dict[str, Any]:
     right = worst.outcome == "exact" or (worst.outcome == "refused" and bool(wanted))
     right = right and all(reason in verdict.reason for reason in wanted for verdict in verdicts)
     found: dict[str, Any] = {
-        "model": " + ".join(pattern.name for pattern in chain),
+        "model": _name(chain),
         "ours": worst.outcome,
         "as_expected": right,
         "error": max((v.error for v in verdicts if v.error is not None), default=None),
@@ -78,6 +83,10 @@ def row(chain: Sequence[Pattern], compared: bool) -> dict[str, Any]:
         }
     print(f"{found['model']}: {found['ours']}" + (f", Torch-Pruning {found['torch_pruning']}" if compared else ""))
     return found
+
+
+def _name(chain: Sequence[Pattern]) -> str:
+    return " + ".join(pattern.name for pattern in chain)
 
 
 _ORDER = ("exact", "refused", "nothing", "wrong", "crash")
@@ -127,7 +136,7 @@ def write(rows: Sequence[dict[str, Any]], summary: dict[str, Any], compared: boo
     if compared:
         facts["torch-pruning"] = importlib.metadata.version("torch-pruning")
     _results.write(
-        _results.RESULTS / "prune_patterns.json",
+        RESULTS,
         title="Channel removal on small hard models",
         rows=rows,
         columns=COLUMNS if compared else COLUMNS[:5],

@@ -1,6 +1,6 @@
 """Small hard models for channel removal: one list, which the benchmark and the tests share."""
 
-from benchmarks.patterns import attention, convolutions, moves, places, products, statistics, weights
+from benchmarks.patterns import attention, convolutions, moves, products, statistics, weights, writes
 from benchmarks.patterns.model import PATTERNS, Pattern, Small, build, pairs
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "convolutions",
     "moves",
     "pairs",
-    "places",
     "products",
     "statistics",
     "weights",
+    "writes",
 ]

@@ -1,5 +1,6 @@
 """How much goes, and which channels: ratios, targets, limits, criteria, steps; and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.verify import verify
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.pruning.target import refill
 from tests.passes.pruning.oracle import dead_channels
 from tests.support import kept_of, randomize
 
@@ -89,6 +91,13 @@ def test_targets_are_reached_and_barely(captured, scope, measure):
         assert 0.85 * allowed < after <= allowed
 
 
+def test_groups_are_told_apart_where_a_ratio_overshoots():
+    gone, pieces = np.arange(6), [np.array([0, 1]), np.array([2, 3]), np.array([4, 5])]
+    assert refill(gone, pieces, lambda classes: 10 - len(classes), 7).tolist() == [2, 3, 4, 5]
+    assert refill(gone, pieces, lambda classes: 10 - len(classes), 4).tolist() == gone.tolist()
+    assert refill(gone, [], lambda classes: 10 - len(classes), 4).tolist() == gone.tolist()
+
+
 def test_latency_is_measured_where_compile_can(model, captured):
     with pytest.raises(PreconditionError, match="only be measured inside compile"):
         prune(captured, speedup=1.2)
@@ -137,6 +146,16 @@ def test_criteria_of_weights(model, captured, importance):
 def test_bn_scale_keeps_the_largest_scales(model, captured):
     kept = kept_of(prune(captured, ratio=0.5, importance="bn_scale"))["inner.0.weight"][0]
     assert set(kept) == set(model.inner[1].weight.abs().topk(24).indices.tolist())
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2"])
+def test_scales_of_norms_are_weights_of_their_channels(importance):
+    layers = nn.Sequential(nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1)).eval()
+    for weight in (layers[0].weight, layers[3].weight):
+        nn.init.constant_(weight, 0.1)
+    layers[1].weight.data = torch.tensor([1.0, -3.0, 0.5, 2.0, 0.1, -0.2])
+    result = prune(capture(layers, (torch.randn(2, 2, 4, 4),)), ratio=0.5, importance=importance)
+    assert kept_of(result)["0.weight"][0] == [0, 1, 3]
 
 
 def test_a_function_as_importance(captured):
