@@ -150,11 +150,12 @@ def test_bn_scale_keeps_the_largest_scales(model, captured):
 
 @pytest.mark.parametrize("importance", ["l1", "l2"])
 def test_scales_of_norms_are_weights_of_their_channels(importance):
-    layers = nn.Sequential(nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 3, 1)).eval()
-    for weight in (layers[0].weight, layers[3].weight):
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), pool, nn.Linear(6, 5)).eval()
+    for weight in (layers[0].weight, layers[4].weight):
         nn.init.constant_(weight, 0.1)
     layers[1].weight.data = torch.tensor([1.0, -3.0, 0.5, 2.0, 0.1, -0.2])
-    result = prune(capture(layers, (torch.randn(2, 2, 4, 4),)), ratio=0.5, importance=importance)
+    result = prune(capture(layers, (X,)), ratio=0.5, importance=importance)
     assert kept_of(result)["0.weight"][0] == [0, 1, 3]
 
 
