@@ -179,6 +179,7 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
     everything, as PyTorch has it.
     """
     rank = len(query.shape)
+    given = key  # its shape is known, that of repeated heads may not be
     if grouped:
         key, value = (_repeat_heads(op, states, query) for states in (key, value))
     width = query.shape[-1]
@@ -195,7 +196,7 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
     elif mask is not None:
         scores = op.Add(scores, op.Max(mask, lowest))  # rows of -inf alone would turn into NaN
     elif causal:
-        scores = op.Add(scores, _lower_triangle(op, query, key, lowest))
+        scores = op.Add(scores, _lower_triangle(op, query, given, lowest))
     weights = op.Softmax(scores, axis=-1)
     if picks:
         weights = op.Where(mask, weights, _like(op, 0.0, weights))

@@ -270,6 +270,7 @@ class Attention(nn.Module):
             attend(q, k, v, attn_mask=picks),
             attend(q, k, v, attn_mask=adds, scale=0.3),
             attend(q, k[:, :2], v[:, :2], enable_gqa=True),
+            attend(q, k[:, :2], v[:, :2], enable_gqa=True, is_causal=True),
             attend(q[:, 0], k[:, 0], v[:, 0]),
         )
 
