@@ -9,9 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from fxcompress.analysis.scaling import Factors, Group, Scaling, scaled_weights, scaling
-from fxcompress.analysis.scaling.rules import limits
-from fxcompress.graph.edit import GraphEditor
+from fxcompress.analysis.scaling import Factors, Group, Scaling, apply_factors, scaling
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.quantization.equalization import equalize
 
@@ -54,11 +52,7 @@ class EqualizeCrossLayers(Pass):
         if not changed:
             skipped.append(Skip("all", "nothing_to_equalize", "no channels of this graph can trade their scale."))
             return PassResult(graph_module, (), tuple(skipped))
-        with GraphEditor(graph_module) as editor:
-            for path, tensor in scaled_weights(graph_module, found, factors.values):
-                editor.set_tensor(path, tensor)
-            for node, classes in found.clips.items():
-                _clip(editor, node, factors.values[classes])
+        apply_factors(graph_module, found, factors.values)
         rewrites = tuple(_told(changed, found, factors.values))
         return PassResult(graph_module, rewrites, tuple(skipped), f"settled after {sweeps} sweeps over the layers")
 
@@ -79,19 +73,3 @@ def _told(groups: list[Group], found: Scaling, factors: torch.Tensor) -> Iterato
             if group.clips:
                 detail["clips"] = [node.name for node in group.clips]
             yield Rewrite(maker.path, "equalized with what reads it", detail)
-
-
-def _clip(editor: GraphEditor, node: fx.Node, factors: torch.Tensor) -> None:
-    """A clip with limits of its own for each channel."""
-    if bool((factors == 1).all()):
-        return
-    value = node.meta["val"]
-    args: list[Any] = [node.args[0]]
-    for end in limits(node):
-        if end is None:
-            args.append(None)
-            continue
-        path = editor.add_tensor(f"{node.name}_limit", (end / factors).to(value.dtype))
-        args.append(editor.insert_get(path, before=node, like=node))
-    made = editor.insert_call(torch.ops.aten.clamp.Tensor, args, before=node, like=node)
-    editor.replace(node, made)

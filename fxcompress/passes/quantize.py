@@ -16,6 +16,7 @@ from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewr
 from fxcompress.quantization.account import layer_details
 from fxcompress.quantization.calibrate import Calibrated, calibrate, stubs_of
 from fxcompress.quantization.damage import measure_damage
+from fxcompress.quantization.depthwise import drop_limits, equalize_depthwise
 from fxcompress.quantization.insert import insert_stubs
 from fxcompress.quantization.layer_choice import ignored_by
 from fxcompress.quantization.mixed_precision import fewest, output_error
@@ -47,6 +48,8 @@ class Quantize(Pass):
         ignore_kinds: class names of such layers: ``("Linear",)``.
         ends: ``float`` leaves the first and the last layer.
         weight_bits: 8, or 7 for x64 processors without VNNI; 4 for a float kernel on small weights.
+        equalize: bring the channels that depthwise convolutions read to one range first, where that leaves the
+            function as it is.
         max_drop: leave the fewest layers in floating point that keep the drop of ``metric`` at this at most. The order
             is that of the damage which the rounding around each layer does to the outputs, to first order.
         metric: a figure of a graph, higher is better: accuracy on your validation data. Without one the drop is the
@@ -65,6 +68,7 @@ class Quantize(Pass):
     ignore_kinds: tuple[str, ...] = ()
     ends: Literal["quantize", "float"] = "quantize"
     weight_bits: Literal[4, 7, 8] = 8
+    equalize: bool = True
     max_drop: float | None = None
     metric: Callable[[fx.GraphModule], float] | None = None
 
@@ -87,6 +91,9 @@ class Quantize(Pass):
             return PassResult(graph_module, (), (skip,))
         data = self.data if hasattr(self.data, "__len__") else list(islice(self.data, self.batches))
         floating, known = copy_graph(graph_module), dict[str, Any]()
+        equalized: list[str] = []
+        if self.equalize:
+            equalized = equalize_depthwise(floating, data, limit=self.batches, progress=context.progress)
         made = self._made(floating, data, context, known, ())
         if not made.placement.layers:
             skip = Skip("all", "nothing_to_quantize", "no layer of this graph can be quantized")
@@ -105,6 +112,8 @@ class Quantize(Pass):
             f"{len(order)} layers and {len(made.placement.operations) - len(order)} other operations "
             f"for {made.scheme.name}; the noisiest is {order[0]!r} with {noise[order[0]].decibels:.1f} dB"
         )
+        if equalized:
+            told += f"; the channels that {len(equalized)} depthwise convolutions read have one range"
         skipped = tuple(_left(made.placement, kept))
         return PassResult(made.graph_module, tuple(rewrites), skipped, "; ".join(filter(None, (told, note))))
 
@@ -133,6 +142,7 @@ class Quantize(Pass):
                 progress=context.progress,
                 known=known,
             )
+            drop_limits(made)
         return _Made(made, placement, scheme, grids)
 
     def _mixed(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.scaling import Factors, Scaling, scaled_weights, scaling
+from fxcompress.analysis.scaling import Factors, Scaling, apply_factors, scaling
 from fxcompress.analysis.statistics import MeanSquare, Range, Statistics, collect
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
@@ -89,9 +89,8 @@ class SmoothActivations(Pass):
                 loose.append((site, s))
             result = "smoothed" if len(site.classes) else "smoothed by a product before it"
             rewrites.append(Rewrite(first, result, detail | ({"with": others} if others else {})))
+        apply_factors(graph_module, found, factors.values)
         with GraphEditor(graph_module) as editor:
-            for path, tensor in scaled_weights(graph_module, found, factors.values):
-                editor.set_tensor(path, tensor)
             for site, s in loose:
                 _insert(editor, site, s)
         return PassResult(graph_module, tuple(reversed(rewrites)), tuple(skipped))

@@ -36,7 +36,15 @@ _SAME_SCALE = _MOVEMENT | {aten.max_pool2d.default, aten.max_pool1d.default, ate
 _POOLS = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 _BINARY = {aten.add.Tensor, aten.mul.Tensor}
 _UNARY = {aten.sigmoid.default, aten.leaky_relu.default}
-_CLIPS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default}
+_LIMITS = aten.clamp.Tensor  # with limits for each channel, which are constants
+_CLIPS = {
+    aten.relu.default,
+    aten.relu6.default,
+    aten.hardtanh.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    _LIMITS,
+}
 # Elementwise, and in floating point between a quantized input and a quantized output.
 _FLOAT_ACTIVATIONS = {
     aten.hardswish.default,
@@ -267,6 +275,8 @@ def _skip_branch(node: fx.Node, layers: set[fx.Node]) -> fx.Node | None:
 
 
 def _tensors(node: fx.Node) -> Sequence[fx.Node]:
+    if node.target is _LIMITS and all(item.op == "get_attr" for item in node.all_input_nodes[1:]):
+        return node.all_input_nodes[:1]
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
 
 

@@ -5,7 +5,7 @@ lies between is homogeneous: f(x / s) = f(x) / s. ``flow`` finds these channels 
 each operation does, and ``apply`` writes factors into weights.
 """
 
-from fxcompress.analysis.scaling.apply import Factors, scaled_weights
+from fxcompress.analysis.scaling.apply import Factors, apply_factors
 from fxcompress.analysis.scaling.flow import Group, Maker, Reader, Scaling, scaling
 
-__all__ = ["Factors", "Group", "Maker", "Reader", "Scaling", "scaled_weights", "scaling"]
+__all__ = ["Factors", "Group", "Maker", "Reader", "Scaling", "apply_factors", "scaling"]

@@ -9,9 +9,10 @@ import torch
 from torch import fx, nn
 
 from fxcompress.analysis.scaling.flow import Scaling
-from fxcompress.analysis.scaling.rules import CONVS, NORMS, TRANSPOSED
+from fxcompress.analysis.scaling.rules import CONVS, NORMS, TRANSPOSED, limits
+from fxcompress.graph.edit import GraphEditor
 
-__all__ = ["Factors", "scaled_weights"]
+__all__ = ["Factors", "apply_factors"]
 
 
 class Factors:
@@ -64,16 +65,40 @@ class Factors:
         return found
 
 
-def scaled_weights(
-    graph_module: fx.GraphModule, scaling: Scaling, factors: torch.Tensor
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Path and new value of every parameter that factors change; the graph is not changed.
+def apply_factors(graph_module: fx.GraphModule, scaling: Scaling, factors: torch.Tensor) -> None:
+    """Write factors into weights, and into the limits of clips that they pass; no tensor is written to.
 
     Args:
-        graph_module: as it was analysed.
+        graph_module: as it was analysed; it is changed.
         scaling: what was found.
         factors: ``[classes]``, positive, 1 for class 0.
     """
+    with GraphEditor(graph_module) as editor:
+        for path, tensor in _scaled_weights(graph_module, scaling, factors):
+            editor.set_tensor(path, tensor)
+        for node, classes in scaling.clips.items():
+            _clip(editor, node, factors[classes])
+
+
+def _clip(editor: GraphEditor, node: fx.Node, factors: torch.Tensor) -> None:
+    """A clip with limits of its own for each channel."""
+    if bool((factors == 1).all()):
+        return
+    value = node.meta["val"]
+    args: list[Any] = [node.args[0]]
+    for end in limits(node):
+        if end is None:
+            args.append(None)
+            continue
+        path = editor.add_tensor(f"{node.name}_limit", (end / factors).to(value.dtype))
+        args.append(editor.insert_get(path, before=node, like=node))
+    editor.replace(node, editor.insert_call(torch.ops.aten.clamp.Tensor, args, before=node, like=node))
+
+
+def _scaled_weights(
+    graph_module: fx.GraphModule, scaling: Scaling, factors: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Path and new value of every parameter that factors change; the graph is not changed."""
     for path in _changed((*scaling.makers, *scaling.readers), scaling, factors):
         item = _at(graph_module, path)
         made = factors[scaling.makers[path]] if path in scaling.makers else None

@@ -15,7 +15,7 @@ from fxcompress.capture.raising import call_arguments
 if TYPE_CHECKING:
     from fxcompress.analysis.scaling.flow import Flow
 
-__all__ = ["CONVS", "NORMS", "RULES", "TRANSPOSED", "layer_rule"]
+__all__ = ["CONVS", "NORMS", "RULES", "TRANSPOSED", "layer_rule", "limits"]
 
 Labels = torch.Tensor | None
 Rule = Callable[["Flow", fx.Node], Any]
