@@ -68,9 +68,8 @@ def equalize_depthwise(
             own = torch.where(own > 0, own, largest) / largest
             factors.values[group.classes] = own.clamp_min(_LEAST)
     apply_factors(graph_module, found, factors.values)
-    return [
-        path for path in nodes if any(path == item.path for g in groups for item in g.readers if _moved(g, factors))
-    ]
+    moved = [group for group in groups if bool((factors.values[group.classes] != 1).any())]
+    return list(dict.fromkeys(item.path for group in moved for item in group.readers))
 
 
 def drop_limits(graph_module: fx.GraphModule) -> None:
