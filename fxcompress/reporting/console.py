@@ -15,10 +15,13 @@ from fxcompress.analysis.cost import Cost
 from fxcompress.reporting.figures import change, count, duration, error, grouped_skips, size, times_faster
 from fxcompress.reporting.integers import IntegerShare
 from fxcompress.reporting.model import Report
+from fxcompress.reporting.noise import noise_lines
 from fxcompress.reporting.parts import EngineReport, PassReport
 
 __all__ = ["format_report", "print_report"]
 
+_NOISY = 8  # layers that are shown
+_LOUD = 15  # decibels: more than a sixth of the signal is noise
 _Column: TypeAlias = tuple[str, str, Callable[[float | None], str]]
 _COLUMNS: tuple[_Column, ...] = (
     ("params", "parameters", count),
@@ -54,6 +57,7 @@ def _parts(report: Report, width: int) -> Iterator[RenderableType]:
         yield _passes(report, width)
         yield from _sentences(report)
         yield from _storage(report)
+        yield from _noise(report)
     skips = _skips(report)
     if skips is not None:
         yield skips
@@ -142,6 +146,26 @@ def _storage(report: Report) -> Iterator[Text]:
     if last is not None and last.stored_bytes is not None:
         told = f"weights: {size(last.stored_bytes)} as engines store them, {size(last.bytes)} in PyTorch (to train on)"
         yield Text(f"  {told}")
+
+
+def _noise(report: Report) -> Iterator[Table]:
+    """The noisiest layers of each pass that quantizes."""
+    for item in report.passes:
+        lines = noise_lines(item)
+        if not lines:
+            continue
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.add_column(f"noisiest layers after {item.name}", overflow="fold")
+        table.add_column("signal to noise", justify="right", no_wrap=True)
+        table.add_column("noise", justify="right", no_wrap=True)
+        table.add_column("in", overflow="fold")
+        for line in lines[:_NOISY]:
+            loud = "red" if line.decibels < _LOUD else ""
+            table.add_row(Text(line.layer), Text(line.text, style=loud), f"{line.percent:.2g}%", Text(line.formats))
+        if len(lines) > _NOISY:
+            rest = f"and {len(lines) - _NOISY} more, from {lines[_NOISY].decibels:.1f} dB on"
+            table.add_row(Text(rest, style="dim"), "", "", "")
+        yield table
 
 
 def _skips(report: Report) -> Table | None:

@@ -10,6 +10,7 @@ from fxcompress.errors import PreconditionError
 from fxcompress.reporting import figures
 from fxcompress.reporting.charts import HEIGHT, WIDTH, chart
 from fxcompress.reporting.model import Report
+from fxcompress.reporting.noise import noise_lines
 from fxcompress.reporting.parts import Bar
 
 __all__ = ["render_html"]
@@ -92,6 +93,7 @@ def _pass(report: Report, index: int) -> dict[str, Any]:
             if bars
         ],
         "charts": [drawn for drawn in map(chart, item.curves) if drawn is not None],
+        "noise": noise_lines(item),
         "steps": item.steps,
         "skips": [{"group": group, "sites": group.first_sites(6)} for group in figures.grouped_skips([item])],
     }
