@@ -103,8 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, measure on the 10,000 test images, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seed", type=int, help="only this one, for runs side by side; give each an --output")
     parser.add_argument("--epochs", type=float, default=EPOCHS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON file; by default results/, for a full run only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = _results.read_rows(output) if output is not None else []
     rows = [row for row in rows if row["epochs"] == options.epochs]
     figures: Row = {"teacher_accuracy": round(accuracy(teacher, test), 2), "teacher_macs": macs(teacher)}
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.seed is None else [options.seed]:
         for name, method in METHODS.items():
             if any(row["method"] == name and row["seed"] == seed for row in rows):
                 continue

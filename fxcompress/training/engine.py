@@ -114,6 +114,10 @@ def engine(precision: str, device: str) -> Iterator[Engine]:
                 where="precision",
                 remedy="use float32, or bfloat16 on a CPU",
             ) from error
+        if precision == "float16" and accelerator.device.type == "cpu":  # it would compute in float32 without a word
+            raise PreconditionError(
+                "precision float16 needs a GPU", where="precision", remedy="use float32, or bfloat16 on a CPU"
+            )
         yield Engine(accelerator)
     finally:
         for state, before in kept:

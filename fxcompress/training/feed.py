@@ -60,7 +60,7 @@ class Feed:
                 where="data",
                 remedy="give a DataLoader or a list of batches: [batch]",
             )
-        self.once = iter(data) is data if not isinstance(data, DataLoader) else False
+        self.once = hasattr(data, "__next__")
         count = _length(data)
         if count is not None and count < processes:
             raise PreconditionError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fxcompress.errors import PreconditionError, TrainingError
-from fxcompress.training.averaging import Average, snapshot
+from fxcompress.training.averaging import Average
 from fxcompress.training.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -91,9 +91,9 @@ class Keeper:
         return self.average.tensors if self.average is not None else None
 
     def _result_now(self) -> dict[str, torch.Tensor]:
-        if self.average is None:
-            return snapshot(self.run.graph_module)
-        return {name: tensor.clone() for name, tensor in self.average.tensors.items()}
+        """Copies of all tensors, averaged where an average is kept."""
+        own = {**tensors_of(self.run.graph_module), **(self.average.tensors if self.average is not None else {})}
+        return {name: tensor.detach().clone() for name, tensor in own.items()}
 
     def diverged(self, problem: str) -> TrainingError:
         """The error for numbers that are not finite."""

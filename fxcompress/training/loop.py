@@ -13,8 +13,8 @@ from torch import fx
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import Batch
 from fxcompress.graph.ownership import own_weights
-from fxcompress.training.averaging import Average, floats
-from fxcompress.training.checkpoint import copy_into
+from fxcompress.training.averaging import Average
+from fxcompress.training.checkpoint import copy_into, tensors_of
 from fxcompress.training.devices import on_device
 from fxcompress.training.engine import Engine, engine
 from fxcompress.training.feed import Feed
@@ -237,7 +237,8 @@ class _Session:
         self.engine.same(self.graph_module)
         result = self.keeper.result()
         if result is not None:
-            copy_into(floats(self.graph_module), result)
+            own = tensors_of(self.graph_module)
+            copy_into({name: own[name] for name in result}, result)
         self.keeper.check_weights()
         self.graph_module.eval()
         self._call("finish")

@@ -63,7 +63,7 @@ class Validation:
             raise PreconditionError(
                 f"the validation data is a {type(given).__name__}, not a series of batches", where="validation"
             )
-        if iter(given) is given:
+        if hasattr(given, "__next__"):
             raise PreconditionError(
                 "the validation data can be read only once",
                 where="validation",
