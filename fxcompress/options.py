@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from fxcompress.errors import OptionError
@@ -66,7 +67,18 @@ def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     adapters: dict[str, TypeAdapter[Any]] = {}
     for item in dataclasses.fields(cls):
         try:
-            adapters[item.name] = TypeAdapter(hints[item.name], config=ConfigDict(arbitrary_types_allowed=True))
+            adapters[item.name] = TypeAdapter(
+                _unread(hints[item.name]), config=ConfigDict(arbitrary_types_allowed=True)
+            )
         except (PydanticSchemaGenerationError, PydanticUserError):
             continue  # a type that only the pass itself can judge, such as a data loader protocol
     return adapters
+
+
+def _unread(hint: Any) -> Any:
+    """The annotation with data that is not read for the check: to begin with a loader may start processes."""
+    if typing.get_origin(hint) is Iterable:
+        return InstanceOf[Iterable]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_unread(choice) for choice in typing.get_args(hint))]  # noqa: UP007
+    return hint
