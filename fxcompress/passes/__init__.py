@@ -21,6 +21,7 @@ from fxcompress.passes.round_adaptively import RoundAdaptively
 from fxcompress.passes.smooth_activations import SmoothActivations
 from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
+from fxcompress.passes.train_quantized import TrainQuantized
 
 __all__ = [
     "Calibrate",
@@ -50,4 +51,5 @@ __all__ = [
     "SmoothActivations",
     "SparsifyWeights",
     "SubstituteDepthwiseSeparable",
+    "TrainQuantized",
 ]

@@ -35,6 +35,7 @@ _BUILT_IN = {
     "smooth_activations": "fxcompress.passes.smooth_activations:SmoothActivations",
     "sparsify_weights": "fxcompress.passes.sparsify_weights:SparsifyWeights",
     "substitute_depthwise_separable": "fxcompress.passes.substitute_depthwise_separable:SubstituteDepthwiseSeparable",
+    "train_quantized": "fxcompress.passes.train_quantized:TrainQuantized",
 }
 _GROUP = "fxcompress.passes"
 _IN_FILE = re.compile(r"[^:]+\.py:\w+")

@@ -106,7 +106,7 @@ class Quantizer(nn.Module):
         if self.scale.requires_grad:  # LSQ's step size for the scale, so that it moves as the weights do
             factor = (x.numel() / self.scale.numel() * self.kind.maximum) ** -0.5
             scale = (scale - scale * factor).detach() + scale * factor
-        place = x / scale + zero
+        place = x.float() / scale + zero  # half precision cannot tell 256 values apart
         clipped = place.clamp(self.kind.minimum, self.kind.maximum)
         rounded = clipped + (clipped.round() - clipped).detach()
         return ((rounded - zero) * scale).to(x.dtype)
