@@ -16,6 +16,7 @@ from fxcompress.backends.registry import load_engine
 from fxcompress.compiled import Compiled, load
 from fxcompress.compiler import compile  # noqa: A004
 from fxcompress.distillation import distill
+from fxcompress.lottery import lottery_ticket
 from fxcompress.reporting.model import Report
 
 try:
@@ -33,5 +34,6 @@ __all__ = [
     "errors",
     "load",
     "load_engine",
+    "lottery_ticket",
     "passes",
 ]

@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,7 +68,7 @@ def load_value(spec: str) -> Any:
     file, _, name = spec.rpartition(":")
     path = Path(file)
     defined = _public_names(path)
-    module = _import_file(path)
+    module = _imported_once(path.resolve(), path.stat().st_mtime_ns)
     if not hasattr(module, name):
         raise OptionError(
             f"there is no {name!r} in {path.name}", where=spec, remedy=suggestion(name, defined, "its functions")
@@ -77,6 +77,12 @@ def load_value(spec: str) -> Any:
     if not callable(value) or _takes_arguments(value):
         return value
     return _called(path, f"{name}() failed", value)
+
+
+@cache
+def _imported_once(path: Path, changed_at: int) -> ModuleType:
+    """The values of one recipe are of one module: what a function keeps it keeps for all of them."""
+    return _import_file(path)
 
 
 def _takes_arguments(function: Callable[..., Any]) -> bool:

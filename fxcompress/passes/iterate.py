@@ -137,6 +137,7 @@ class Iterate(Pass):
         start, at_start = cost(graph_module), self._measure(graph_module)
         current, records, rewrites = graph_module, [], []
         skipped: dict[tuple[str, str], Skip] = {}
+        points = [(0, start.parameters, sparsity(graph_module).share, at_start)]
         why = f"all {self.steps} rounds"
         for number in range(1, self.steps + 1):
             found = PassManager(self._passes_of(number), prove=context.prove).run(current, context)
@@ -155,6 +156,7 @@ class Iterate(Pass):
                 metric,
                 at_start,
             )
+            points.append((number, told.cost.parameters, told.sparsity, metric))
             if self._dropped(told):
                 why = f"round {number} lost too much ({at_start:.4g} → {metric:.4g}) and was undone"
                 rewrites.append(_rewrite(told, kept=False))
@@ -164,6 +166,8 @@ class Iterate(Pass):
             if self._reached(told):
                 why = f"the target was reached in round {number}"
                 break
+        if rewrites:
+            rewrites[-1] = replace(rewrites[-1], detail={**rewrites[-1].detail, "curves": self._curves(points)})
         kept = [item for item in rewrites if item.detail["kept_round"]]
         note = f"{len(kept)} rounds: {why}"
         left = tuple(skipped.values())
@@ -188,6 +192,16 @@ class Iterate(Pass):
                 own["checkpoint"] = Path(checkpoint) / f"round-{number}"
             made.append(replace(pass_, **own) if own else pass_)
         return made
+
+    def _curves(self, points: list[tuple[int, int, float, float | None]]) -> dict[str, list[list[float]]]:
+        """Over the rounds, what changed."""
+        name = self.metric if isinstance(self.metric, str) and not callable(self.validation) else "metric"
+        told: dict[str, list[list[float]]] = {
+            "parameters": [[number, count] for number, count, _, _ in points],
+            "sparsity": [[number, share] for number, _, share, _ in points],
+            name: [[number, metric] for number, _, _, metric in points if metric is not None],
+        }
+        return {key: curve for key, curve in told.items() if len({value for _, value in curve}) > 1}
 
     def _measure(self, graph_module: fx.GraphModule) -> float | None:
         if self.validation is None:

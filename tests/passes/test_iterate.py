@@ -35,6 +35,7 @@ def test_prune_and_recover_until_a_target(model):
     assert "the target was reached in round 2" in told.note
     assert [site.detail["kept_round"] for site in told.rewrites] == [True, True]
     assert told.rewrites[1].detail["metric"] > told.rewrites[0].detail["metric"] - 0.5
+    assert [curve.name for curve in told.curves] == ["parameters", "accuracy"] and len(told.curves[1].points) == 3
     assert [step.text.partition(":")[0] for step in told.steps] == ["round 1"] * 2 + ["round 2"] * 2
     assert told.steps[0].after.parameters < told.steps[0].before.parameters
     assert fxc.Report.from_dict(compiled.report.to_dict()).passes[1].steps[3].name == "fine_tune"

@@ -51,7 +51,7 @@ def test_the_engine_is_that_of_calibration(model, options):
     trained = compiled(model, TrainQuantized(LOADER, epochs=4, **({"lr": 1e-2} | options)), backend="onnxruntime")
     assert trained.engine.optimized_op_counts() == plain.engine.optimized_op_counts()
     assert trained.engine.optimized_op_counts()["QLinearConv"] == 2
-    losses = [loss for _, loss in trained.report.passes[2].rewrites[0].detail["loss_curve"]]
+    losses = [loss for _, loss in trained.report.passes[2].rewrites[0].detail["curves"]["loss"]]
     assert sum(losses[-3:]) < sum(losses[:3])
     found = torch.as_tensor(trained.engine(IMAGES)).argmax(1)
     assert (found == trained(IMAGES).argmax(1)).float().mean() > 0.98
@@ -104,7 +104,7 @@ def test_a_teacher_may_help(model):
     for loader in (LOADER, [images for images, _ in LOADER]):
         training = TrainQuantized(loader, epochs=4, lr=3e-3, alpha=1.0, weight_bits=2, ends="same")
         told = compiled(model, training).report.passes[2]
-        curve = [loss for _, loss in told.rewrites[0].detail["loss_curve"]]
+        curve = [loss for _, loss in told.rewrites[0].detail["curves"]["loss"]]
         assert sum(curve[-6:]) < 0.5 * sum(curve[:6])
 
 
