@@ -10,6 +10,7 @@ what they compare was trained alike.
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,9 @@ def fit(
     weight_decay: float = 5e-4,
     warm_up: float = 0.3,
     log: Callable[[str], None] | None = None,
+    teacher: nn.Module | None = None,
+    alpha: float = 0.9,
+    temperature: float = 4.0,
 ) -> None:
     """Train `model` in place and leave it in eval mode.
 
@@ -48,6 +52,8 @@ def fit(
         weight_decay: of all parameters.
         warm_up: share of the steps in which the learning rate rises.
         log: told the loss, a few times an epoch.
+        teacher: whose answers count ``alpha``, the labels the rest (Hinton et al. 2015); it is left as it is.
+        temperature: of these answers.
     """
     steps = max(round(epochs * (len(data) // BATCH)), 1)
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +61,8 @@ def fit(
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=weight_decay, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=warm_up)
     batches = data.shuffled(BATCH, generator)
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
     start, running = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         batch = next(batches, None)
@@ -62,9 +70,18 @@ def fit(
             batches = data.shuffled(BATCH, generator)
             batch = next(batches)
         images, labels = batch
+        images = images.contiguous(memory_format=torch.channels_last)
+        wanted = None
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(images.contiguous(memory_format=torch.channels_last))
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = teacher(images).float()
+            logits = model(images).float()
+        loss = nn.functional.cross_entropy(logits, labels)
+        if wanted is not None:
+            ours, theirs = ((x / temperature).log_softmax(1) for x in (logits, wanted))
+            divergence = nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+            loss = (1 - alpha) * loss + alpha * temperature**2 * divergence
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
