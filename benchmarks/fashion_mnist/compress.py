@@ -33,19 +33,17 @@ from benchmarks import _results
 from benchmarks.fashion_mnist.data import Split, load, normalize
 from benchmarks.fashion_mnist.distill import Batches
 from benchmarks.fashion_mnist.network import save, trained
-from benchmarks.fashion_mnist.prune import Method, Setting, macs
-from benchmarks.fashion_mnist.train import accuracy, fit
+from benchmarks.fashion_mnist.prune import Method, Setting, macs, prune_theirs
+from benchmarks.fashion_mnist.train import fit
 from fxcompress.passes import FuseModules, PruneChannels, Quantize, TrainQuantized
 
 RESULTS = _results.RESULTS / "compress_fashion_mnist.json"
 FOLDER = Path(__file__).parent
-STUDENT, INTEGER, FOUR_BITS, PEER = (
-    FOLDER / f"{name}.safetensors" for name in ("student", "student_int8", "student_int4", "peer")
-)
+OURS = "student, TrainQuantized"
 INPUTS = (torch.zeros(2, 1, 28, 28),)
 PRUNING = PruneChannels(ratio=0.5, ratios={"stages.1*": 0.25}, round_to=16)
 EPOCHS, RATE = 6.0, 0.05  # of the distillation, for both pipelines
-QUANTIZED_EPOCHS, QUANTIZED_RATE = 0.3, 0.005
+QUANTIZED_EPOCHS, QUANTIZED_RATE = 0.3, 0.005  # of the training in integers
 CALIBRATION = 16  # batches of 64 training images
 THREADS = 2
 COLUMNS = (
@@ -61,32 +59,59 @@ def pruned() -> fxc.Compiled:
     return fxc.compile(trained(), [PRUNING], INPUTS)
 
 
-def student(train: Split, seed: int = 0) -> tuple[nn.Module, float]:
-    """The pruned network, distilled, and the seconds that took when it was done."""
-    return _trained(pruned().module, STUDENT, lambda model: _distil(model, train, seed))
+class Stages:
+    """Networks whose weights lie in a folder, trained where they do not.
 
+    Args:
+        folder: of the weights.
+        train: the training images.
+        epochs: of the distillation.
+        quantized_epochs: of the training in integers.
+    """
 
-def peer(train: Split, budget: int, seed: int = 0) -> tuple[nn.Module, float]:
-    """Torch-Pruning's network with at most that many multiply-accumulates, distilled by the same loop."""
-    from benchmarks.fashion_mnist.prune import _theirs
+    def __init__(self, folder: Path, train: Split, epochs: float, quantized_epochs: float) -> None:
+        self.folder, self.train, self.epochs, self.quantized_epochs = folder, train, epochs, quantized_epochs
+        self.seconds: dict[str, float] = {}
 
-    setting = Setting("global", 0, 1, INPUTS[0], [])
-    made = _theirs(trained(), budget, setting, Method("Torch-Pruning")).eval()
-    return _trained(made, PEER, lambda model: _distil(model, train, seed))
+    def student(self) -> nn.Module:
+        """The pruned network, distilled."""
+        return self._distilled("student", pruned().module)
 
+    def peer(self, budget: int) -> nn.Module:
+        """Torch-Pruning's network with at most that many multiply-accumulates, distilled by the same loop."""
+        setting = Setting("global", 0, 1, INPUTS[0], [])
+        return self._distilled("peer", prune_theirs(trained(), budget, setting, Method("Torch-Pruning")).eval())
 
-def _distil(model: nn.Module, train: Split, seed: int) -> None:
-    options = {"epochs": EPOCHS, "lr": RATE, "warm_up": 0.2, "seed": seed}
-    fit(model, train, teacher=trained(), log=lambda line: print(line, flush=True), **options)
+    def _distilled(self, name: str, model: nn.Module) -> nn.Module:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            started = time.perf_counter()
+            options = {"epochs": self.epochs, "lr": RATE, "warm_up": 0.2, "seed": 0}
+            fit(model, self.train, teacher=trained(), log=lambda line: print(line, flush=True), **options)
+            save(model, path, {"seconds": f"{time.perf_counter() - started:.0f}"})
+        model.load_state_dict(load_file(path))
+        self.seconds[name] = _seconds(path)
+        return model.eval()
 
-
-def _trained(model: nn.Module, path: Path, train: Callable[[nn.Module], None]) -> tuple[nn.Module, float]:
-    if not path.exists():
-        started = time.perf_counter()
-        train(model)
-        save(model, path, {"seconds": f"{time.perf_counter() - started:.0f}"})
-    model.load_state_dict(load_file(path))
-    return model.eval(), _seconds(path)
+    def integers(self, model: nn.Module, name: str | None = None, **options: Any) -> fxc.Compiled:
+        """The network in integers; with a name also trained as such."""
+        passes: list[Any] = [FuseModules(), Quantize(calibration(self.train), ignore=("conv1",))]
+        if name is None:
+            return fxc.compile(model, passes, INPUTS)
+        path = self.folder / f"{name}.safetensors"
+        options |= {"optimizer": "sgd", "teacher": trained(), "alpha": 0.9}
+        if not path.exists():
+            training = TrainQuantized(
+                Batches(self.train, 1), epochs=self.quantized_epochs, lr=QUANTIZED_RATE, schedule="cosine", **options
+            )
+            compiled = fxc.compile(model, [*passes, training], INPUTS)
+            save(compiled.module, path, {"seconds": f"{compiled.report.passes[-1].seconds:.0f}"})
+        # The same stubs, not trained to speak of; then what training made of weights and grids.
+        idle = TrainQuantized(Batches(self.train, 1), steps=1, lr=1e-12, **options)
+        compiled = fxc.compile(model, [*passes, idle], INPUTS)
+        compiled.module.load_state_dict(load_file(path))
+        self.seconds[name] = _seconds(path)
+        return compiled
 
 
 def _seconds(path: Path) -> float:
@@ -97,32 +122,6 @@ def _seconds(path: Path) -> float:
 def calibration(train: Split) -> list[torch.Tensor]:
     """Batches that nothing is learned from but ranges."""
     return [normalize(train.images[64 * i : 64 * (i + 1)]) for i in range(CALIBRATION)]
-
-
-def quantized(model: nn.Module, train: Split, path: Path | None = None, **options: Any) -> tuple[fxc.Compiled, float]:
-    """The network in integers; with a path also trained as such, or with the weights that lie there."""
-    passes: list[Any] = [FuseModules(), Quantize(calibration(train), ignore=("conv1",))]
-    if path is None:
-        return fxc.compile(model, passes, INPUTS), 0.0
-    training = TrainQuantized(
-        Batches(train, 1),
-        epochs=QUANTIZED_EPOCHS,
-        optimizer="sgd",
-        lr=QUANTIZED_RATE,
-        schedule="cosine",
-        teacher=trained(),
-        alpha=0.9,
-        **options,
-    )
-    if not path.exists():
-        compiled = fxc.compile(model, [*passes, training], INPUTS)
-        save(compiled.module, path, {"seconds": f"{compiled.report.passes[-1].seconds:.0f}"})
-        return compiled, _seconds(path)
-    # The same stubs without training; then what training made of weights and grids.
-    idle = TrainQuantized(Batches(train, 1), steps=1, lr=1e-12, optimizer="sgd", **options)
-    compiled = fxc.compile(model, [*passes, idle], INPUTS)
-    compiled.module.load_state_dict(load_file(path))
-    return fxc.compile(compiled.module, [], INPUTS), _seconds(path)
 
 
 def static_onnx(model: nn.Module, train: Split, folder: Path) -> Path:
@@ -206,42 +205,47 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("--train-only", action="store_true", help="stop when every stage has its weights")
+    parser.add_argument("--epochs", type=float, default=EPOCHS)
+    parser.add_argument("--quantized-epochs", type=float, default=QUANTIZED_EPOCHS)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the weights of every stage")
     parser.add_argument("--threads", type=int, default=THREADS, help="of training")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     train, test = load("train"), load("test")
-    teacher, (small, seconds) = trained(), student(train)
-    trained_q, seconds_q = quantized(small, train, INTEGER)
-    four, seconds_4 = quantized(small, train, FOUR_BITS, weight_bits=4)
-    entries: list[tuple[str, nn.Module, Any, str, float]] = [
-        ("teacher, float32", teacher, fxc.compile(teacher, [FuseModules()], INPUTS), "onnxruntime", 0.0),
-        ("teacher, Quantize", teacher, quantized(teacher, train)[0], "onnxruntime", 0.0),
-        ("student, float32", small, fxc.compile(small, [FuseModules()], INPUTS), "onnxruntime", seconds),
-        ("student, Quantize", small, quantized(small, train)[0], "onnxruntime", seconds),
-        ("student, TrainQuantized", small, trained_q, "onnxruntime", seconds + seconds_q),
-        ("student, TrainQuantized, 4-bit weights", small, four, "onnxruntime", seconds + seconds_4),
+    stages = Stages(options.folder, train, options.epochs, options.quantized_epochs)
+    teacher, small = trained(), stages.student()
+    entries: list[tuple[str, nn.Module, fxc.Compiled, tuple[str, ...]]] = [
+        ("teacher, float32", teacher, fxc.compile(teacher, [FuseModules()], INPUTS), ()),
+        ("teacher, Quantize", teacher, stages.integers(teacher), ()),
+        ("student, float32", small, fxc.compile(small, [FuseModules()], INPUTS), ("student",)),
+        ("student, Quantize", small, stages.integers(small), ("student",)),
+        (OURS, small, stages.integers(small, "student_int8"), ("student", "student_int8")),
+        (
+            f"{OURS}, 4-bit weights",
+            small,
+            stages.integers(small, "student_int4", weight_bits=4),
+            ("student", "student_int4"),
+        ),
     ]
-    theirs = None
-    if not options.without_peers:
-        theirs, seconds_p = peer(train, macs(small))
+    theirs = None if options.without_peers else stages.peer(macs(small))
     if options.train_only:
         return
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         rows: list[Row] = []
         files: list[OnnxFile] = []
-        for index, (name, model, compiled, runtime, spent) in enumerate(entries):
-            engine = compiled.export(runtime, folder / str(index))
-            files.append(OnnxFile(next(engine.path.glob("*.onnx")), runtime))
-            rows.append(_row(name, model, spent))
+        for index, (name, model, compiled, trainings) in enumerate(entries):
+            engine = compiled.export("onnxruntime", folder / str(index))
+            files.append(OnnxFile(next(engine.path.glob("*.onnx")), "onnxruntime"))
+            rows.append(_row(name, model, sum(stages.seconds[training] for training in trainings)))
         if theirs is not None:
             files.append(OnnxFile(static_onnx(theirs, train, folder), "onnxruntime"))
-            rows.append(_row("peers: Torch-Pruning, quantize_static", theirs, seconds_p))
-        for name, index in (("teacher, float32", 0), ("student, TrainQuantized", 4)):
+            rows.append(_row("peers: Torch-Pruning, quantize_static", theirs, stages.seconds["peer"]))
+        for index in (0, 4):
             files.append(OnnxFile(files[index].path, "openvino"))
-            rows.append(_row(f"OpenVINO: {name}", entries[index][1], entries[index][4]))
+            rows.append(rows[index] | {"engine": f"OpenVINO: {rows[index]['engine']}"})
         for row, file in zip(rows, files, strict=True):
             row["bytes"], row["accuracy"] = file.path.stat().st_size, file.accuracy(test)
             print(f"{row['engine']}: {row['accuracy']:.2f}%, {row['bytes']:,} bytes", flush=True)
@@ -250,7 +254,6 @@ def main(arguments: list[str] | None = None) -> None:
         row |= {f"ms_{batch}": value for batch, value in own.items()}
         row["smaller"], row["lost"] = rows[0]["bytes"] / row["bytes"], rows[0]["accuracy"] - row["accuracy"]
         row["faster_1"], row["throughput_64"] = times[0][1] / own[1], times[0][64] / own[64]
-    rows[2]["accuracy_eager"] = accuracy(small, test)
     write(options.output, rows, options)
 
 
@@ -261,7 +264,7 @@ def _row(name: str, model: nn.Module, seconds: float) -> Row:
 
 def write(path: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
     """The table, and what was measured how."""
-    ours = next(row for row in rows if row["engine"] == "student, TrainQuantized")
+    ours = next(row for row in rows if row["engine"] == OURS)
     summary = {name: ours[name] for name in ("smaller", "throughput_64", "faster_1", "lost")}
     _results.write(
         path,
@@ -270,11 +273,11 @@ def write(path: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
         columns=COLUMNS,
         summary=summary,
         notes=[
-            f"Widths 16, 48 and 64 of 32, 64 and 128; {EPOCHS:g} epochs of distillation for ours and for the peers, by "
-            f"the same loop; {QUANTIZED_EPOCHS:g} epochs of quantization-aware training for ours. Accuracy is of the "
-            "engine, on all 10,000 test images; `lost` in points against the teacher.",
-            f"Latency: {THREADS} threads, median over {options.rounds} rounds, one engine open at a time. `smaller` is of "
-            "the ONNX file. `trained_s` is the wall time of the training in seconds, on a machine that others used too.",
+            f"Widths 16, 48 and 64 of 32, 64 and 128; {options.epochs:g} epochs of distillation for ours and for the "
+            f"peers, by the same loop; {options.quantized_epochs:g} epochs of quantization-aware training for ours. "
+            "Accuracy is of the engine, on all 10,000 test images; `lost` in points against the teacher.",
+            f"Latency: {THREADS} threads, median over {options.rounds} rounds, one engine open at a time. `smaller` is "
+            "of the ONNX file. `trained_s` is the wall time of all training, on a machine that others used too.",
             "4-bit weights are stored in 8 bits: the file is as large, deflated it is smaller.",
         ],
         facts=_results.machine_facts(THREADS),

@@ -72,7 +72,7 @@ class Method:
 
     def __call__(self, model: nn.Module, budget: int, setting: Setting) -> nn.Module:
         """A copy of `model` with at most `budget` multiply-accumulates, in eval mode."""
-        return (_ours if self.tool == OURS else _theirs)(model, budget, setting, self).eval()
+        return (_ours if self.tool == OURS else prune_theirs)(model, budget, setting, self).eval()
 
 
 OURS, THEIRS = "fxcompress", "Torch-Pruning"
@@ -98,7 +98,7 @@ def _ours(model: nn.Module, budget: int, setting: Setting, method: Method) -> nn
     return compiled.module
 
 
-def _theirs(model: nn.Module, budget: int, setting: Setting, method: Method) -> nn.Module:
+def prune_theirs(model: nn.Module, budget: int, setting: Setting, method: Method) -> nn.Module:
     """Torch-Pruning knows ratios of channels only: the least one that meets the budget is searched."""
     import torch_pruning as tp
 
