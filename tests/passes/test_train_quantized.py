@@ -105,7 +105,7 @@ def test_a_teacher_may_help(model):
         training = TrainQuantized(loader, epochs=4, lr=3e-3, alpha=1.0, weight_bits=2, ends="same")
         told = compiled(model, training).report.passes[2]
         curve = [loss for _, loss in told.rewrites[0].detail["curves"]["loss"]]
-        assert sum(curve[-6:]) < 0.5 * sum(curve[:6])
+        assert sum(curve[-6:]) < 0.7 * sum(curve[:6])
 
 
 class PreActivation(nn.Module):
