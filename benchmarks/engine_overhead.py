@@ -1,10 +1,12 @@
-"""What ``engine.run`` costs over the bare ONNX Runtime call, on a model that does almost nothing.
+"""What ``engine.run`` costs over the bare call of the library, on a model that does almost nothing, by backend.
 
-``python -m benchmarks.engine_overhead`` interleaves the calls and prints the median of each in microseconds.
+``python -m benchmarks.engine_overhead`` interleaves the calls and prints the median of each in microseconds. The bare
+call is the least that gives the outputs to the caller to keep: the library's objects made beforehand, nothing checked.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -16,43 +18,103 @@ import torch
 from torch import nn
 
 import fxcompress as fxc
-from benchmarks._results import write
-from fxcompress.backends import OnnxRuntime
-from fxcompress.backends.onnxruntime import OnnxRuntimeEngine
+from benchmarks._results import machine_facts, write
+
+Call = Callable[[], Any]
 
 
-def main(repetitions: int = 5000) -> None:
-    """Measure, print and store."""
-    model = nn.ReLU().eval()
-    compiled = fxc.compile(model, example_inputs=(torch.randn(2, 3),), backend=OnnxRuntime(threads=1))
-    engine = compiled.engine
-    assert isinstance(engine, OnnxRuntimeEngine)
-    session, array = engine.session, np.ones((1, 3), np.float32)
+def onnxruntime(engine: Any, array: np.ndarray, tensor: torch.Tensor) -> Call:
+    """``session.run`` with a dict of arrays."""
+    (given,), (made,) = engine.session.get_inputs(), engine.session.get_outputs()
+    return lambda: engine.session.run([made.name], {given.name: array})
+
+
+def openvino(engine: Any, array: np.ndarray, tensor: torch.Tensor) -> Call:
+    """An infer request of one's own, which reads the array where it lies; the output is copied out of it."""
+    from openvino import Tensor
+
+    request = engine.compiled.create_infer_request()
+
+    def call() -> Any:
+        request.set_input_tensor(0, Tensor(array, True))
+        request.infer()
+        return request.get_output_tensor(0).data.copy()
+
+    return call
+
+
+def torchscript(engine: Any, array: np.ndarray, tensor: torch.Tensor) -> Call:
+    """The frozen ``ScriptModule``, without autograd."""
+    return _without_autograd(engine.module, tensor)
+
+
+def torch_export(engine: Any, array: np.ndarray, tensor: torch.Tensor) -> Call:
+    """The exported program's module, without autograd."""
+    return _without_autograd(engine._call, tensor)
+
+
+def _without_autograd(function: Callable[..., Any], tensor: torch.Tensor) -> Call:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(tensor)
+
+    return call
+
+
+BARE = {"onnxruntime": onnxruntime, "openvino": openvino, "torchscript": torchscript, "torch_export": torch_export}
+THREADED = ("onnxruntime", "openvino")
+
+
+def measure(backend: str, repetitions: int) -> list[dict[str, Any]]:
+    """Rows of one backend: the bare call, and the engine called with an array, a tensor, and by name."""
+    torch.set_num_threads(1)
+    array = np.ones((1, 3), np.float32)
     tensor = torch.from_numpy(array)
-    (given,), (made,) = session.get_inputs(), session.get_outputs()
-    calls: dict[str, Callable[[], Any]] = {
-        "session.run": lambda: session.run([made.name], {given.name: array}),
-        "engine(array)": lambda: engine(array),
-        "engine(tensor)": lambda: engine(tensor),
-        "engine(name=tensor)": lambda: engine(**{given.name: tensor}),
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions):
-        for name, call in calls.items():
-            start = time.perf_counter_ns()
-            call()
-            times[name].append((time.perf_counter_ns() - start) / 1000)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    bare = medians["session.run"]
-    rows = [{"call": name, "median_us": round(v, 2), "added_us": round(v - bare, 2)} for name, v in medians.items()]
+    compiled = fxc.compile(nn.ReLU().eval(), example_inputs=(torch.randn(2, 3),), progress=False)
+    options = {"threads": 1} if backend in THREADED else {}
+    with compiled.export(backend) as built:
+        engine = built if not options else fxc.load_engine(built.path, **options)
+        name = engine.manifest.inputs[0].name
+        calls: dict[str, Call] = {
+            "bare": BARE[backend](engine, array, tensor),
+            "engine(array)": lambda: engine(array),
+            "engine(tensor)": lambda: engine(tensor),
+            "engine(name=tensor)": lambda: engine(**{name: tensor}),
+        }
+        times: dict[str, list[float]] = {call: [] for call in calls}
+        for _ in range(repetitions):
+            for call, function in calls.items():
+                start = time.perf_counter_ns()
+                function()
+                times[call].append((time.perf_counter_ns() - start) / 1000)
+        if engine is not built:
+            engine.close()
+    medians = {call: statistics.median(found) for call, found in times.items()}
+    return [
+        {"backend": backend, "call": call, "median_us": round(us, 2), "added_us": round(us - medians["bare"], 2)}
+        for call, us in medians.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5000)
+    repetitions = parser.parse_args().repetitions
+    rows = [row for backend in BARE for row in measure(backend, repetitions)]
     for row in rows:
-        print(f"{row['call']:22} {row['median_us']:8} us   + {row['added_us']} us")
+        print(f"{row['backend']:14}{row['call']:22} {row['median_us']:8} us   + {row['added_us']} us")
     write(
         Path(__file__).parent / "results" / "engine_overhead.json",
         title="Overhead of engine.run",
         rows=rows,
-        columns=["call", "median_us", "added_us"],
-        notes=[f"Median of {repetitions} interleaved calls of a ReLU on three numbers, one thread."],
+        columns=["backend", "call", "median_us", "added_us"],
+        summary={"most added, us": max(row["added_us"] for row in rows)},
+        notes=[
+            f"Median of {repetitions} interleaved calls of a ReLU on three numbers, one thread. `bare`: the library "
+            "called with objects made beforehand, nothing checked, the output copied where the library reuses it."
+        ],
+        facts=machine_facts(1),
     )
 
 
