@@ -28,7 +28,8 @@ from fxcompress.backends.tensorrt_device import (
 )
 from fxcompress.backends.tensorrt_engine import FACTS_FILE, PLAN_FILE, TensorRTEngine
 from fxcompress.backends.tensorrt_library import PORTABLE, RTX_CAPABILITIES, Library, find_library
-from fxcompress.backends.tensorrt_onnx import lower_subscripts, node_names, refuse, verify_inside, verify_onnx
+from fxcompress.backends.tensorrt_lowering import lower_operators
+from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_inside, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import cover_examples, ranges_of, settle_profiles
 from fxcompress.backends.tensorrt_weights import spread_block_weights
@@ -172,7 +173,7 @@ class TensorRT(OnnxBackend):
             place = directory if beside else Path(stack.enter_context(tempfile.TemporaryDirectory()))
             super().write(graph_module, place, signature, context)
             spread_block_weights(place / MODEL_FILE)
-            lower_subscripts(place / MODEL_FILE)
+            lower_operators(place / MODEL_FILE)
             context.progress("check the ONNX file")
             origins = Origins(graph_module, node_names(place / MODEL_FILE))
             refuse(check_onnx(place / MODEL_FILE), origins)

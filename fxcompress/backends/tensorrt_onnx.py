@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import ascii_lowercase
 from typing import Any
 
 import onnx
@@ -23,7 +22,7 @@ from fxcompress.backends.verification import verify_engine
 from fxcompress.errors import BackendError, VerificationError
 from fxcompress.graph.running import nested_inputs, outputs_of
 
-__all__ = ["lower_subscripts", "node_names", "refuse", "verify_inside", "verify_onnx"]
+__all__ = ["node_names", "refuse", "verify_inside", "verify_onnx"]
 
 _SHOWN = 5  # findings in one message
 
@@ -31,21 +30,6 @@ _SHOWN = 5  # findings in one message
 def node_names(path: Path) -> list[str]:
     """Of the nodes of an ONNX file, in order."""
     return [node.name for node in onnx.load(path, load_external_data=False).graph.node]
-
-
-def lower_subscripts(path: Path) -> None:
-    """Write the subscripts of every ``Einsum`` in small letters, in place: TensorRT knows no others."""
-    model = onnx.load(path, load_external_data=False)
-    changed = False
-    for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "Einsum" else ():
-            told = attribute.s.decode()
-            letters = dict.fromkeys(filter(str.isalpha, told))
-            if attribute.name == "equation" and not told.islower() and len(letters) <= len(ascii_lowercase):
-                attribute.s = told.translate(str.maketrans(dict(zip(letters, ascii_lowercase, strict=False)))).encode()
-                changed = True
-    if changed:
-        path.write_bytes(model.SerializeToString())
 
 
 def refuse(findings: Sequence[Finding], origins: Origins) -> None:
