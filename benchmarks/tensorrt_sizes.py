@@ -30,7 +30,15 @@ from fxcompress.errors import FxCompressError
 
 CAPABILITIES = ("sm86", "sm89")
 MODELS = ("resnet50", "vit_b_16")
-RECIPES = ("fuse", "float16", "prune", "prune, factorize", "prune, factorize, quantize", "weights in 4 bits")
+RECIPES = (
+    "fuse",
+    "float16",
+    "quantize",
+    "prune",
+    "prune, factorize",
+    "prune, factorize, quantize",
+    "weights in 4 bits",
+)
 
 
 def passes(recipe: str, data: list[Any]) -> list[Any]:

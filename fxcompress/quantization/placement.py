@@ -90,7 +90,7 @@ def place(graph_module: fx.GraphModule, scheme: Scheme, ignored: Callable[[str],
     if scheme.placement == "inputs":
         _inputs(graph_module, found, placement)
     else:
-        _values(graph_module, found, placement)
+        _values(graph_module, found, placement, results=scheme.results)
     return placement
 
 
@@ -146,7 +146,9 @@ def _norm_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 # --- every value around an integer operation --------------------------------------------------------------------
 
 
-def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement) -> None:
+def _values(
+    graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement, *, results: bool
+) -> None:
     active = set(layers)
     integer: set[fx.Node] = set(layers)  # values that an integer operation, or an activation behind one, makes
     for node in graph_module.graph.nodes:
@@ -174,7 +176,7 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
                 scales.join(value, node)
     numbers = scales.numbers()
     for value, number in numbers.items():
-        if not _is_clipped(value, active):
+        if not _is_clipped(value, active) and (results or not active.isdisjoint(value.users)):
             placement.values[value] = number
             placement.readers[value] = None
 

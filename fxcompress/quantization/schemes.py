@@ -7,7 +7,7 @@ outputs only where the next layer asks for it; it takes no zero points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fxcompress.errors import OptionError, nearest
@@ -27,6 +27,8 @@ class Scheme:
         per_channel: weights have one scale per output channel.
         placement: ``values`` quantizes every input and output of an integer operation; ``inputs`` quantizes what
             layers read, and the skip branch of a residual addition.
+        results: with ``values``, quantize also results that only floating-point operations read. Without, such a layer
+            writes floats itself, and what follows can be fused into it.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Scheme:
     weight: QuantType
     per_channel: bool = True
     placement: Literal["values", "inputs"] = "values"
+    results: bool = True
 
 
 _UINT8 = QuantType(8, signed=False, symmetric=False)
@@ -42,7 +45,7 @@ _INT8_WEIGHT = QuantType(8, signed=True, symmetric=True, narrow=True)
 
 SCHEMES = {
     "onnxruntime": Scheme("onnxruntime", _UINT8, _INT8_WEIGHT),
-    "openvino": Scheme("openvino", _UINT8, _INT8_WEIGHT),
+    "openvino": Scheme("openvino", _UINT8, _INT8_WEIGHT, results=False),
     "tensorrt": Scheme("tensorrt", _INT8, _INT8_WEIGHT, placement="inputs"),
 }
 """The schemes by the name of their backend."""
@@ -65,4 +68,4 @@ def scheme_of(given: str | Scheme, *, weight_bits: int = 8) -> Scheme:
     if weight_bits == given.weight.bits:
         return given
     weight = QuantType(weight_bits, given.weight.signed, given.weight.symmetric, given.weight.narrow)
-    return Scheme(given.name, given.activation, weight, given.per_channel, given.placement)
+    return replace(given, weight=weight)
