@@ -1,8 +1,8 @@
 """Is an int8 engine of ours as fast in OpenVINO as one of NNCF, OpenVINO's own tool? Both in one run, in turns.
 
 For each model: `quantize(scheme="openvino")` and NNCF's post-training quantization of the float ONNX file, on the same
-calibration data, with NNCF's defaults for the kind of model (transformers: `ModelType.TRANSFORMER`, and with it the mixed
-preset). Both are compiled by one OpenVINO with the same properties and called through infer requests of the same kind.
+calibration data, with NNCF's defaults for the kind of model (transformers: `ModelType.TRANSFORMER`, and with it the
+mixed preset). Both are compiled by one OpenVINO with the same properties and called through infer requests of the same kind.
 Beside the latency: how many layers run in integers, and how far the outputs are from the float model's.
 
     python -m benchmarks.openvino_int8 --build FOLDER     # needs nncf, which lies outside of constraints.txt
@@ -190,8 +190,8 @@ def main() -> None:
         notes=[
             f"Batch 1, median of {options.rounds} rounds in turns. `ratio`: ours over NNCF's, with its 95% interval. "
             "`precision`: that OpenVINO may take for what is not quantized. `_int8`: layers that run in integers, as "
-            f"OpenVINO tells. `_error`: of the logits against float32, the worst of 4 images. Both calibrated on {IMAGES} "
-            "images; random weights."
+            f"OpenVINO tells. `_error`: of the logits against float32, the worst of 4 images. Both calibrated on "
+            f"{IMAGES} images; random weights."
         ],
         facts=_results.machine_facts(options.threads)
         | {name: metadata.version(name) for name in ("openvino",)}

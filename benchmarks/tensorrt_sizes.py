@@ -5,7 +5,7 @@
 
 Each recipe of a model goes through `fxcompress.compile` from the start and to a TensorRT for RTX engine, which is built
 for sm86 and sm89 with a dynamic batch, without a GPU, and not run. Before it is built, the ONNX file that it is made of
-is run in ONNX Runtime and held against the rewritten graph in PyTorch. Weights are random, which sizes do not depend on.
+is run in ONNX Runtime and held against the rewritten graph in PyTorch. Weights are random; sizes do not depend on them.
 """
 
 from __future__ import annotations

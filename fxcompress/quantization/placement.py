@@ -146,9 +146,7 @@ def _norm_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 # --- every value around an integer operation --------------------------------------------------------------------
 
 
-def _values(
-    graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement, *, results: bool
-) -> None:
+def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement, *, results: bool) -> None:
     active = set(layers)
     integer: set[fx.Node] = set(layers)  # values that an integer operation, or an activation behind one, makes
     for node in graph_module.graph.nodes:

@@ -79,6 +79,19 @@ def test_every_layer_is_quantized_and_ranked_by_noise(fused):
     assert 0 < error < 0.1
 
 
+def test_openvino_gets_no_stub_on_what_only_floats_read(fused):
+    def stubs(scheme):
+        graph = run(Quantize(data(), scheme=scheme), fused).graph_module
+        return {
+            str(node.args[0])
+            for path in stubs_of(graph)
+            for node in graph.graph.find_nodes(op="call_module", target=path)
+        }
+
+    assert stubs("onnxruntime") - stubs("openvino") == {"a", "tokens", "head"}  # a hardswish, a norm, nobody
+    assert stubs("openvino") <= stubs("onnxruntime")
+
+
 def test_values_that_an_engine_reads_as_one_share_a_scale(fused):
     graph = run(Quantize(data()), fused).graph_module
     (cat,) = (node for node in graph.graph.nodes if node.target is torch.ops.aten.cat.default)
