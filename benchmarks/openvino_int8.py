@@ -2,7 +2,7 @@
 
 For each model: `quantize(scheme="openvino")` and NNCF's post-training quantization of the float ONNX file, on the same
 calibration data, with NNCF's defaults for the kind of model (transformers: `ModelType.TRANSFORMER`, and with it the
-mixed preset). Both are compiled by one OpenVINO with the same properties and called through infer requests of the same kind.
+mixed preset). Both are compiled by one OpenVINO with the same properties and called through the same kind of requests.
 Beside the latency: how many layers run in integers, and how far the outputs are from the float model's.
 
     python -m benchmarks.openvino_int8 --build FOLDER     # needs nncf, which lies outside of constraints.txt

@@ -46,7 +46,8 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     """Compute what depends on weights and constants alone: the transpose of a weight, its gates in another order.
 
     A weight that something else reads too (an embedding that is also the last layer) stays as it is, or it would be
-    stored twice. ``Constant`` nodes become initializers.
+    stored twice; beside others that go, it may be read (the scale of a quantized weight) as long as nothing grows.
+    ``Constant`` nodes become initializers.
     """
     _lift_constants(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -64,9 +65,10 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
     for node in fixed:
         held = [name for name in node.input if name in weights]
         there = all(name in weights or name in constants for name in node.input if name)
-        if there and not free.intersection(held):
+        mine = [name for name in held if name not in free]  # these go, with the node
+        if there and (mine or not held):
             results = _compute(node, weights, constants)
-            if results is not None:
+            if results is not None and (mine == held or _bytes_of(results) <= _bytes_of(weights[n] for n in mine)):
                 if held and node.op_type in _SUFFIXES:
                     names[node.output[0]] = f"{names.get(held[0], held[0])}_{_SUFFIXES[node.op_type]}"
                 weights.update(zip(node.output, results, strict=True))
@@ -79,6 +81,10 @@ def fold_weights(graph: onnx.GraphProto, weights: Weights) -> None:
         graph.node.extend(kept)
         _rename(graph, weights, names)
     _declare(graph, weights)
+
+
+def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 # What a weight is called after it went through an operation.
@@ -141,7 +147,7 @@ def _compute(
         results = [torch.from_numpy(array) for array in arrays]
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
-    grows = sum(result.nbytes for result in results) > 2 * sum(feed.nbytes for feed in feeds.values())
+    grows = _bytes_of(results) > 2 * sum(feed.nbytes for feed in feeds.values())
     return None if grows else results
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import fxcompress as fxc
 from benchmarks import zoo
 from fxcompress.backends import onnx_export, onnx_weights
 from fxcompress.backends.onnx_export import OnnxFile, write_onnx
@@ -349,6 +350,17 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> Any:
         return self.head(self.embedding(ids) + self.position), self.position, ids
+
+
+@torch.no_grad()
+def test_quantized_weights_are_stored_as_integers_however_wide_the_layer_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 600), nn.ReLU(), nn.Linear(600, 600), nn.ReLU(), nn.Linear(600, 8)).eval()
+    passes = [fxc.passes.Quantize([torch.randn(4, 64)], observer="minmax")]
+    compiled = fxc.compile(model, passes, (torch.randn(2, 64),), progress=False)
+    path = write_onnx(compiled.module, tmp_path / "model.onnx").path
+    held = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2}
+    assert {tensor.data_type for tensor in held.values()} == {onnx.TensorProto.INT8} and len(held) == 3
+    assert path.stat().st_size < 1.2 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
