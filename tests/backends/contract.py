@@ -100,6 +100,8 @@ FEATURES: dict[str, frozenset[str]] = {
     "float64": frozenset(BACKENDS) - {"openvino"},  # it computes in 32 bits, and is found out
     "integers of 64 bits": frozenset(BACKENDS) - {"openvino"},
     "weights stored in 4 bits": frozenset(BACKENDS),
+    "dynamic quantization": frozenset(BACKENDS),
+    "kernels for 2:4 sparse weights": frozenset(),  # of TensorRT alone
     "int8 in integer kernels": frozenset({"onnxruntime", "openvino"}),
     "refuses an index out of range": frozenset(BACKENDS) - {"openvino"},
     "dict and keyword inputs": frozenset(BACKENDS),

@@ -264,11 +264,19 @@ def test_weights_in_4_bits(name: str, tmp_path: Path) -> None:
 @each
 @torch.no_grad()
 def test_dynamic_quantization(name: str) -> None:
+    feature(name, "dynamic quantization")
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     compiled = fxc.compile(model, [fxc.passes.QuantizeDynamic()], (torch.randn(2, 64),), progress=False)
     engine = compiled.export(contract.backend(name))
     x = torch.randn(5, 64)
     close(engine(x), compiled(x), 1e-2)
+
+
+@each
+def test_sparse_kernels(name: str) -> None:
+    """They are asked for by an option, which TensorRT alone has."""
+    told = "sparse_weights" in backend_class(name)().options()
+    assert told == (name in contract.FEATURES["kernels for 2:4 sparse weights"])
 
 
 # -- bundles ---------------------------------------------------------------------------------------------------------
