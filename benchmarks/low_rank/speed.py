@@ -62,6 +62,7 @@ def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | Non
             "faster",
             "ns_per_parameter",
             "work_in_largest_layers",
+            "resident_in_largest_layers",
             "worst_error_over_best",
         ],
         summary={"exponent_of_seconds_in_parameters": exponent(kept)},
@@ -69,9 +70,11 @@ def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | Non
             "FactorizeLinear(ratio) on random weights (the hardest case: no component stands out) against a loop of "
             "torch.linalg.svd over the same layers in the same run, each on its own. Where the peer was timed on fewer "
             "blocks (`peer_blocks` in the JSON) its seconds are multiplied up; all blocks have the same shapes. "
-            "work_in_largest_layers: the largest resident size while the pass ran, less what was resident before and "
-            "less the factors, in sizes of the largest layer; the user's model is alive. worst_error_over_best: of the "
-            "first block, the error of a layer over that of Eckart and Young, less 1. The exponent is fitted to the "
+            "work_in_largest_layers: tensors that live at once while one layer is factorized, its factors among them, "
+            "as torch's profiler counts them, in sizes of the largest layer; the user's model is alive beside them. "
+            "resident_in_largest_layers: the largest resident size of the process while the pass ran, less what was "
+            "resident before and less all factors; it moves with what the allocator keeps. worst_error_over_best: of "
+            "the first block, the error of a layer over that of Eckart and Young, less 1. The exponent is fitted to the "
             "rows of width 768."
         ],
         facts=machine_facts(torch.get_num_threads()),
@@ -88,7 +91,7 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
     before = peak_memory_mib()
     made, seconds = applied(graph_module, FactorizeLinear(ratio=ratio))
     factors_mib = sum(p.numel() * 4 for name, p in made.named_parameters() if name.endswith("weight")) / 2**20
-    work = (peak_memory_mib() - before - factors_mib) / largest
+    resident = (peak_memory_mib() - before - factors_mib) / largest
     worst = 0.0
     for index, layer in enumerate(list(model.children())[:6]):
         first: Any = made.get_submodule(f"{index}.0")
@@ -109,9 +112,31 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         "peer_blocks": peer_blocks,
         "faster": peer_seconds / seconds,
         "ns_per_parameter": seconds / parameters * 1e9,
-        "work_in_largest_layers": work,
+        "work_in_largest_layers": max(work_bytes(layer, ratio) for layer in graph_parts(width)) / 2**20 / largest,
+        "resident_in_largest_layers": resident,
         "worst_error_over_best": worst,
     }
+
+
+def graph_parts(width: int) -> list[nn.Module]:
+    """One layer of each shape."""
+    return [nn.Sequential(layer).eval() for layer in (nn.Linear(width, 4 * width), nn.Linear(4 * width, width))] + [
+        nn.Sequential(nn.Linear(width, width)).eval()
+    ]
+
+
+def work_bytes(model: nn.Module, ratio: float) -> int:
+    """The most bytes of tensors that live at once while a model of one layer is factorized, its factors included."""
+    layer: Any = model[0]  # type: ignore[index]
+    graph_module = capture(model, (torch.randn(2, layer.in_features),), dynamic_shapes="batch")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        applied(graph_module, FactorizeLinear(ratio=ratio))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
 
 
 def exponent(rows: Sequence[dict[str, Any]]) -> float | None:

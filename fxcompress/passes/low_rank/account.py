@@ -56,7 +56,7 @@ def errors(
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
     wide = torch.float64 if metric.moment is not None or weight.dtype == torch.float64 else torch.float32
     inner = None if inner is None else inner.detach().to(wide)
-    step = max(1, (1 << 20) // max(1, weight.shape[-1] * len(weight)))
+    step = max(1, (1 << 18) // max(1, weight.shape[-1] * len(weight)))  # pieces that stay in a cache
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
         given, made = old.detach().to(wide), piece.detach().to(wide)
         difference = given - (made if inner is None else made @ inner)

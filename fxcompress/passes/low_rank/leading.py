@@ -19,7 +19,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
-_CARRIED = 1e4  # growth of the largest component over the last wanted that float32 bears
+_CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
 _PROBES, _STEPS = 1, 32  # of the Lanczos runs
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
@@ -124,9 +124,9 @@ def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, 
     half = floor / 2
     scale = half / (top - half)
     first = scale
-    before, now = block, (product(block) - half * block) * (first / half)
+    before, now = block, product(block).add_(block, alpha=-half).mul_(first / half)
     for _ in range(degree - 1):
         after = 1 / (2 / first - scale)
-        before, now = now, (product(now) - half * now) * (2 * after / half) - before * (scale * after)
-        scale = after
+        made = product(now).add_(now, alpha=-half).mul_(2 * after / half).add_(before, alpha=-scale * after)
+        before, now, scale = now, made, after
     return now

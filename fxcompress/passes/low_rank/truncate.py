@@ -13,7 +13,7 @@ Gram matrix, which is looked at afterwards; all else is float64, where the Gram 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -122,9 +122,12 @@ def truncate(
         if choose >= full:
             return choose
         if full >= _LARGE and len(weight) == 1:
+            # Made before the work space, so that what is freed stays in one piece for the next weight.
+            outer = weight.new_empty(1, weight.shape[1], choose)
+            inner = weight.new_empty(1, choose, weight.shape[2])
             found = _large(weight, metric, choose, seed if randomized else None)
             if found is not None:
-                return found
+                return replace(found, outer=outer.copy_(found.outer), inner=inner.copy_(found.inner))
     matrix, by_rows = gram(weight, metric)
     values, vectors = torch.linalg.eigh(matrix)
     del matrix
