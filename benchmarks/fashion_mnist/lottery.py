@@ -114,8 +114,8 @@ def write(path: Path, points: Sequence[Row], options: argparse.Namespace) -> Non
         summary={"seeds": seeds, "points ahead at the last sparsity": ahead[-1]} if ahead else {"seeds": seeds},
         notes=[
             f"{options.epochs:g} epochs each, Adam, the same for all; global magnitude, {RATE:.0%} of what is left per "
-            f"round. `ticket` starts from the first weights, `rewound` from those of step {REWIND}, `reinitialized` is the "
-            "mask of `ticket` over other random weights. Accuracy in percent on the 10,000 test images, means over the "
+            f"round. `ticket` starts from the first weights, `rewound` from those of step {REWIND}, `reinitialized` is "
+            "the mask of `ticket` over other random weights. Accuracy in percent on the 10,000 test images, means over the "
             "seeds; `ahead` is ticket minus reinitialized, `spread` the largest minus the smallest of one kind.",
             f"All trainings took {sum(point['seconds'] for point in points):.0f} s, on a machine that others used too.",
         ],

@@ -74,8 +74,8 @@ def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | Non
             "as torch's profiler counts them, in sizes of the largest layer; the user's model is alive beside them. "
             "resident_in_largest_layers: the largest resident size of the process while the pass ran, less what was "
             "resident before and less all factors; it moves with what the allocator keeps. worst_error_over_best: of "
-            "the first block, the error of a layer over that of Eckart and Young, less 1. The exponent is fitted to the "
-            "rows of width 768."
+            "the first block, the error of a layer over that of Eckart and Young, less 1. The exponent is fitted to "
+            "the rows of width 768."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )
