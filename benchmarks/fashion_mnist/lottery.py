@@ -115,8 +115,8 @@ def write(path: Path, points: Sequence[Row], options: argparse.Namespace) -> Non
         notes=[
             f"{options.epochs:g} epochs each, Adam, the same for all; global magnitude, {RATE:.0%} of what is left per "
             f"round. `ticket` starts from the first weights, `rewound` from those of step {REWIND}, `reinitialized` is "
-            "the mask of `ticket` over other random weights. Accuracy in percent on the 10,000 test images, means over the "
-            "seeds; `ahead` is ticket minus reinitialized, `spread` the largest minus the smallest of one kind.",
+            "the mask of `ticket` over other random weights. Accuracy in percent on the 10,000 test images, means over "
+            "the seeds; `ahead` is ticket minus reinitialized, `spread` the largest minus the smallest of one kind.",
             f"All trainings took {sum(point['seconds'] for point in points):.0f} s, on a machine that others used too.",
         ],
         facts=_results.machine_facts(options.threads),
