@@ -1,7 +1,8 @@
 """From what was seen of a tensor to the range that its grid shall cover.
 
 ``minmax`` covers all; ``moving_average`` follows the extremes of batches; ``percentile`` leaves out the rarest values;
-``mse`` clips where rounding and clipping together err least; ``entropy`` where the quantized histogram is nearest to
+``mse`` clips where rounding and clipping together err least, both ends by the same share, ``histogram`` each end by
+itself; ``entropy`` where the quantized histogram is nearest to
 the original in Kullback-Leibler divergence (Migacz 2017).
 """
 
@@ -13,14 +14,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from fxcompress.analysis.statistics import Histogram, HistogramValue, Statistic
+from fxcompress.analysis.statistics import Histogram, HistogramValue, Range, Statistic
 from fxcompress.analysis.statistics.kinds import Accumulator
 from fxcompress.errors import OptionError, nearest
 from fxcompress.quantization.types import QuantType, parameters_of_range
 
 __all__ = ["OBSERVERS", "ObserverName", "check_observer", "observed_range", "statistic_of", "weight_range"]
 
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "entropy"]
+ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "histogram", "entropy"]
 OBSERVERS: tuple[str, ...] = get_args(ObserverName)
 
 _SHARES = 64  # clipping points that are tried
@@ -66,7 +67,7 @@ class _MovingExtremes(Accumulator):
 
 def statistic_of(observer: str) -> Statistic:
     """What the observer needs to be collected."""
-    return MovingRange() if observer == "moving_average" else Histogram()
+    return {"moving_average": MovingRange(), "minmax": Range()}.get(observer) or Histogram()
 
 
 def observed_range(observer: str, seen: list[Any], kind: QuantType, percentile: float) -> tuple[float, float]:
@@ -78,22 +79,40 @@ def observed_range(observer: str, seen: list[Any], kind: QuantType, percentile: 
         kind: the grid.
         percentile: share of the values to cover, in percent, for ``percentile``.
     """
-    if observer == "moving_average":
-        return min(low for low, _ in seen), max(high for _, high in seen)
+    if observer in ("moving_average", "minmax"):
+        return min(float(low) for low, _ in seen), max(float(high) for _, high in seen)
     histogram = merged(seen)
     if observer == "percentile":
         rest = (1 - percentile / 100) / 2
         return min(histogram.quantile(rest), 0.0), max(histogram.quantile(1 - rest), 0.0)
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    if observer == "minmax" or low == high:
+    if low == high:
         return low, high
     centres = (histogram.edges[1:] + histogram.edges[:-1]) / 2
     used = histogram.counts > 0
     counts, centres = histogram.counts[used], centres[used].clamp(low, high)
     shares = torch.linspace(_LEAST_SHARE, 1.0, _SHARES, dtype=torch.float64)
+    if observer == "histogram":
+        return _ends(counts, centres, low, high, shares, kind)
     loss = _squared_error if observer == "mse" else _divergence
     best = int(loss(counts, centres, low * shares, high * shares, kind).argmin())
     return low * float(shares[best]), high * float(shares[best])
+
+
+def _ends(
+    counts: torch.Tensor, centres: torch.Tensor, low: float, high: float, shares: torch.Tensor, kind: QuantType
+) -> tuple[float, float]:
+    """One end after the other where the squared error is least, until neither moves: the error never grows."""
+    lows, highs = low * shares, high * shares
+    found = low, high
+    for _ in range(8):
+        error = _squared_error(counts, centres, lows, torch.full_like(lows, found[1]), kind)
+        below = float(lows[int(error.argmin())])
+        error = _squared_error(counts, centres, torch.full_like(highs, below), highs, kind)
+        before, found = found, (below, float(highs[int(error.argmin())]))
+        if before == found:
+            break
+    return found
 
 
 def merged(histograms: list[HistogramValue]) -> HistogramValue:
