@@ -26,6 +26,7 @@ from fxcompress.graph.ownership import own_weights, shared_weights
 from fxcompress.graph.printer import format_graph
 from fxcompress.graph.running import nested_inputs, outputs_of
 from fxcompress.quantization.fake_quant import Quantizer
+from fxcompress.quantization.integer_layers import DynamicLinear
 from fxcompress.reporting.model import EngineReport, Report
 
 __all__ = ["Compiled", "load"]
@@ -33,8 +34,10 @@ __all__ = ["Compiled", "load"]
 _GRAPH, _WEIGHTS, _REPORT = "graph.json", "weights.safetensors", "report.json"
 # Largest relative error that an engine may show against PyTorch, by the widest rounding among its outputs.
 _ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A value on the border of two integers may fall either way, and takes others with it.
-_QUANTIZED_TOLERANCE = 5e-2
+# A value on the border of two integers may fall either way, and takes others with it: what an engine may differ from the
+# rounding graph grows with what rounding does to the outputs, but for nothing beyond the second.
+_QUANTIZED_TOLERANCE, _MOST_QUANTIZED_TOLERANCE = 5e-2, 0.5
+_ROUNDING_PASSES = {"quantize", "calibrate", "train_quantized", "quantize_dynamic"}
 
 
 class Compiled:
@@ -181,7 +184,7 @@ def build_engine(
     if progress is not None:
         context.progress = progress
     if verify and example_inputs is not None:
-        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in)
+        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in, _rounding_error(report))
         context.verify, context.reference = proof.of, proof.reference
     engine = backend.build(graph_module, output, context)
     report.engine = EngineReport.from_engine(engine, report.passes)
@@ -215,6 +218,11 @@ def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
     return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)
 
 
+def _rounding_error(report: Report) -> float:
+    """What passes that round activations did to the outputs."""
+    return max((item.error or 0.0 for item in report.passes if item.name in _ROUNDING_PASSES), default=0.0)
+
+
 class _Proof:
     """The graph's outputs in PyTorch at two sizes of the dynamic dims, which an engine is held against."""
 
@@ -224,6 +232,7 @@ class _Proof:
         leaves: Sequence[Any],
         outputs: list[Any] | None,
         computes_in: torch.dtype | None,
+        rounding_error: float,
     ) -> None:
         self._graph_module = graph_module
         other = other_sizes(graph_module, leaves)
@@ -234,8 +243,8 @@ class _Proof:
         dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
         dtypes |= {computes_in} if computes_in is not None else set()
         self._allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
-        if any(isinstance(module, Quantizer) for module in graph_module.modules()):
-            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE)
+        if any(isinstance(module, (Quantizer, DynamicLinear)) for module in graph_module.modules()):
+            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE, min(rounding_error, _MOST_QUANTIZED_TOLERANCE))
 
     def of(self, engine: Engine) -> dict[str, Any]:
         runs = iter(range(len(self._sets)))

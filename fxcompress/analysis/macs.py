@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx, nn
 
-__all__ = ["Sizes", "count_like_linear", "macs"]
+__all__ = ["Sizes", "count_like_linear", "count_like_matmul", "macs"]
 
 aten = torch.ops.aten
 
@@ -266,3 +266,8 @@ _CALLS: dict[Any, Rule] = {
     aten.rnn_tanh.input: _recurrent,
     aten.rnn_relu.input: _recurrent,
 }
+
+
+def count_like_matmul(operation: Any, left: str, right: str) -> None:
+    """Count calls of ``operation`` as ``torch.matmul`` of the arguments of these names."""
+    _CALLS[operation] = _product(left, right)

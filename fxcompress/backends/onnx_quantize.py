@@ -135,6 +135,11 @@ def quantize_translation(
         result = op.Mul(op.Cast(product, to=_FLOAT), op.Mul(step, scale))
         return result if bias is None else op.Add(result, bias)
 
+    def dynamic_matmul(x: Any, y: Any) -> Any:
+        (left, left_step, left_zero), (right, right_step, right_zero) = map(op.DynamicQuantizeLinear, (x, y))
+        product = op.MatMulInteger(left, right, left_zero, right_zero)
+        return op.Mul(op.Cast(product, to=_FLOAT), op.Mul(left_step, right_step))
+
     def block_linear(x: Any, packed: Any, scale: Any, zero_point: Any, bias: Any, bits: int, features: int) -> Any:
         # An operator of ONNX Runtime: ONNX itself can only say what it is, which engines would have to find out.
         block = int(packed.shape[2]) * 8 // bits
@@ -144,6 +149,7 @@ def quantize_translation(
 
     return {
         torch.ops.fxcompress.dynamic_linear.default: dynamic_linear,
+        torch.ops.fxcompress.dynamic_matmul.default: dynamic_matmul,
         torch.ops.fxcompress.block_linear.default: block_linear,
         aten.fake_quantize_per_tensor_affine.default: per_tensor,
         aten.fake_quantize_per_channel_affine.default: per_channel,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx
 import torch
 from torch import fx
 
@@ -81,11 +82,19 @@ RECURRENT_RULES: dict[Any, Callable[[Lowering, dict[str, Any]], Any]] = {
 # --- in ONNX ---------------------------------------------------------------------------------------------------------
 
 # Torch has the gates i f g o and r z n, ONNX i o f c and z r h.
+_INT8 = 3  # of onnx.TensorProto.DataType
 _ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 
 
-def recurrent_translation(op: Any) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The entry for the translation table; ``op`` as for :func:`fxcompress.backends.onnx_translate`."""
+def recurrent_translation(
+    op: Any, contributed: Callable[..., Any] | None = None
+) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The entry for the translation table.
+
+    Args:
+        op: as for :func:`fxcompress.backends.onnx_translate.translation_table`.
+        contributed: likewise; given where an LSTM on integer weights may be an operator of ONNX Runtime.
+    """
 
     def recurrent(
         kind: str,
@@ -105,13 +114,24 @@ def recurrent_translation(op: Any) -> dict[Callable[..., Any], Callable[..., Any
         for layer in range(layers):
             first = layer * directions
             cells = [params[(first + d) * per_cell : (first + d + 1) * per_cell] for d in range(directions)]
-            weights = [_join(op, [_reorder(op, cell[i], kind, width) for cell in cells]) for i in (0, 1)]
+            integers = (
+                kind == "lstm" and contributed is not None and all(map(_integers, (*cells[0][:2], *cells[-1][:2])))
+            )
+            weights = [
+                _join(op, [_reorder(op, _integers(cell[i]) if integers else cell[i], kind, width) for cell in cells])
+                for i in (0, 1)
+            ]
             bias = None
             if biases:
                 both = [op.Concat(*(_reorder(op, c[i], kind, width) for i in (2, 3)), axis=0) for c in cells]
                 bias = _join(op, both)
             states = [_part(op, state, first, directions) for state in (hidden, cell)]
-            y, *last = _node(op, kind, x, weights, bias, states, width, bidirectional)
+            if integers:
+                assert contributed is not None
+                grids = [_join(op, [_reorder(op, _scale(cell[i]), kind, width) for cell in cells]) for i in (0, 1)]
+                y, *last = _dynamic(op, contributed, x, weights, grids, bias, states, width, bidirectional)
+            else:
+                y, *last = _node(op, kind, x, weights, bias, states, width, bidirectional)
             lasts.append((last[0], last[-1]))
             if directions == 1:
                 x = op.Squeeze(y, op.Constant(value_ints=[1]))
@@ -135,6 +155,64 @@ def _node(
         return op.GRU(x, *weights, bias, None, states[0], linear_before_reset=1, **options)
     activations = [kind.removeprefix("rnn_").capitalize()] * (2 if bidirectional else 1)
     return op.RNN(x, *weights, bias, None, states[0], activations=activations, **options)
+
+
+def _integers(weight: Any) -> Any:
+    """The integers of a dequantized weight, None of any other."""
+    producer = weight.producer()
+    return producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _scale(weight: Any) -> Any:
+    return weight.producer().inputs[1]
+
+
+def _dynamic_lstm() -> onnx.defs.OpSchema:
+    """ONNX Runtime's LSTM on integer weights, as its documentation has it."""
+    schema = onnx.defs.OpSchema
+    optional = schema.FormalParameterOption.Optional
+    kinds = {"T": ["tensor(float)"], "T1": ["tensor(int32)"], "T2": ["tensor(int8)", "tensor(uint8)"]}
+    names = {"X": "T", "W": "T2", "R": "T2", "B": "T", "sequence_lens": "T1", "initial_h": "T", "initial_c": "T"}
+    names |= {"P": "T", "W_scale": "T", "W_zero_point": "T2", "R_scale": "T", "R_zero_point": "T2"}
+    needed = ("X", "W", "R", "W_scale", "W_zero_point", "R_scale", "R_zero_point")
+    return schema(
+        "DynamicQuantizeLSTM",
+        "com.microsoft",
+        1,
+        inputs=[
+            schema.FormalParameter(name, kind)
+            if name in needed
+            else schema.FormalParameter(name, kind, param_option=optional)
+            for name, kind in names.items()
+        ],
+        outputs=[schema.FormalParameter(name, "T") for name in ("Y", "Y_h", "Y_c")],
+        type_constraints=[(name, types, "") for name, types in kinds.items()],
+        attributes=[
+            schema.Attribute("hidden_size", schema.AttrType.INT),
+            schema.Attribute("direction", schema.AttrType.STRING),
+        ],
+    )
+
+
+def _dynamic(
+    op: Any,
+    contributed: Callable[..., Any],
+    x: Any,
+    weights: list[Any],
+    scales: list[Any],
+    bias: Any,
+    states: list[Any],
+    width: int,
+    bidirectional: bool,
+) -> Any:
+    """Weights ``[directions, inputs, 4 · width]``, scales and zero points ``[directions, 4 · width]``."""
+    columns = [op.Transpose(weight, perm=[0, 2, 1]) for weight in weights]
+    zeros = op.Cast(op.Constant(value_ints=[0] * (4 * width)), to=_INT8)
+    zero = _join(op, [zeros] * (2 if bidirectional else 1))
+    direction = "bidirectional" if bidirectional else "forward"
+    return contributed(_dynamic_lstm())(
+        x, *columns, bias, None, *states, None, scales[0], zero, scales[1], zero, hidden_size=width, direction=direction
+    )
 
 
 def _reorder(op: Any, tensor: Any, kind: str, width: int) -> Any:

@@ -132,7 +132,7 @@ def translation_table(
         aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
         aten.split_with_sizes.default: split,
         aten.scaled_dot_product_attention.default: attention,
-        **recurrent_translation(op),
+        **recurrent_translation(op, contributed if onnxruntime_only else None),
         **quantize_translation(op, contributed),
     }
     if opset < _OWN_RMS_NORM:

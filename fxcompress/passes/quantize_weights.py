@@ -8,19 +8,22 @@ from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxcompress.analysis.statistics import SecondMoment, collect
+from fxcompress.analysis.scaling import Factors, scaled_weights, scaling
+from fxcompress.analysis.statistics import MeanAbs, MeanSquare, SecondMoment, collect
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.quantization.activation_aware import Seen, aware_sites, choose_factors
 from fxcompress.quantization.integer_layers import BlockLinear
 from fxcompress.quantization.layer_choice import linear_sites
-from fxcompress.quantization.rounding import gptq, round_to_nearest
+from fxcompress.quantization.rounding import Rounded, gptq, round_to_nearest, stored_values
 
 __all__ = ["QuantizeWeights"]
 
 _MOMENT = SecondMoment("input")
+_SEEN = (MeanAbs("input", -1), MeanSquare("input", -1))
 _BUDGET = 1 << 29  # bytes of second moments held at once
 
 
@@ -33,8 +36,9 @@ class QuantizeWeights(Pass):
     Attributes:
         bits: 4 or 8.
         block_size: inputs that share a scale: a power of two, 16 or more.
-        algorithm: ``rtn`` rounds to nearest; ``gptq`` keeps the layer's output on ``calibration`` data.
-        calibration: batches for ``gptq``: what the model takes, or that and labels.
+        algorithm: ``rtn`` rounds to nearest; ``gptq`` keeps the layer's output on ``calibration`` data; ``awq`` scales
+            inputs by how large they are there, and rounds to nearest.
+        calibration: batches for ``gptq`` and ``awq``: what the model takes, or that and labels.
         batches: how many to read at most; None reads all.
         ignore: name patterns of layers that stay as they are.
     """
@@ -43,7 +47,7 @@ class QuantizeWeights(Pass):
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     bits: Literal[4, 8] = 4
     block_size: int = 32
-    algorithm: Literal["rtn", "gptq"] = "rtn"
+    algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
     calibration: Iterable[Any] | None = None
     batches: int | None = None
     ignore: tuple[str, ...] = ()
@@ -54,14 +58,17 @@ class QuantizeWeights(Pass):
             raise OptionError(
                 f"block_size={self.block_size} is no power of two from 16 on", where="block_size", remedy="32 is usual"
             )
-        if self.algorithm == "gptq" and self.calibration is None:
-            raise OptionError("algorithm='gptq' needs data", where="calibration", remedy="give calibration=<batches>")
+        if self.algorithm != "rtn" and self.calibration is None:
+            raise OptionError(
+                f"algorithm={self.algorithm!r} needs data", where="calibration", remedy="give calibration=<batches>"
+            )
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One layer after the other; its second moment, if it takes one, is gone before the next."""
         sites, left = linear_sites(graph_module, self.ignore)
         skipped = [Skip(path, code, reason) for path, (code, reason) in left.items()]
         rewrites: list[Rewrite] = []
+        scaled = self._scale(graph_module, sites, context) if self.algorithm == "awq" else {}
         with GraphEditor(graph_module) as editor:
             for path, moment in self._moments(graph_module, sites):
                 layer: Any = graph_module.get_submodule(path)
@@ -72,15 +79,48 @@ class QuantizeWeights(Pass):
                     rounded = gptq(weight, moment.to(weight.device), self.bits, self.block_size)
                 made = BlockLinear.of(layer, *rounded, self.bits)
                 editor.set_module(path, made, reshaped=False)
-                rewrites.append(Rewrite(path, f"{self.bits}-bit weight", _detail(layer, made, weight, rounded, moment)))
+                detail = _detail(made, weight, rounded, moment) | scaled.get(path, {})
+                rewrites.append(Rewrite(path, f"{self.bits}-bit weight", detail))
         if not rewrites:
             skipped.append(Skip("all", "nothing_to_quantize", "no linear layer of this graph can be quantized"))
         return PassResult(graph_module, tuple(rewrites), tuple(skipped))
 
+    def _scale(
+        self, graph_module: fx.GraphModule, sites: dict[str, list[str]], context: PassContext
+    ) -> dict[str, dict[str, Any]]:
+        """Put AWQ's factors into the weights; gives what the report tells of each layer that has some."""
+        found = scaling(graph_module)
+        aware = aware_sites(found, sites)
+        requests = {name: _SEEN for site in aware for path in site.inputs for name in sites[path]}
+        if not requests:
+            return {}
+        assert self.calibration is not None
+        statistics = collect(graph_module, self.calibration, requests, limit=self.batches, progress=context.progress)
+        factors = Factors(graph_module, found)
+        told: dict[str, dict[str, Any]] = {}
+
+        def rounding(weight: torch.Tensor) -> torch.Tensor:
+            return stored_values(round_to_nearest(weight, self.bits, self.block_size), weight.shape[1])
+
+        for site in aware:
+            weights, seen = {}, {}
+            for path in site.inputs:
+                layer: Any = graph_module.get_submodule(path)
+                weights[path] = layer.weight.detach().float()
+                figures = [[statistics[name, kind].to(weights[path].device) for name in sites[path]] for kind in _SEEN]
+                seen[path] = Seen(*(torch.stack(own).amax(0) for own in figures))
+            s, alpha, error = choose_factors(site, weights, seen, rounding)
+            factors.values[site.classes] = s
+            told.update(dict.fromkeys(site.inputs, {"alpha": alpha, "expected_error": error}))
+        with GraphEditor(graph_module) as editor:
+            for path, tensor in scaled_weights(graph_module, found, factors.values):
+                editor.set_tensor(path, tensor)
+        return told
+
     def _moments(
         self, graph_module: fx.GraphModule, sites: dict[str, list[str]]
     ) -> Iterator[tuple[str, torch.Tensor | None]]:
-        if self.algorithm == "rtn":
+        if self.algorithm != "gptq":
             yield from ((path, None) for path in sites)
             return
         assert self.calibration is not None
@@ -107,12 +147,8 @@ def _inputs(graph_module: fx.GraphModule, path: str) -> int:
     return int(layer.in_features)
 
 
-def _detail(
-    layer: nn.Linear, made: BlockLinear, weight: torch.Tensor, rounded: Any, moment: torch.Tensor | None
-) -> dict[str, Any]:
-    integers, scale, zero = rounded
-    stored = ((integers - zero[..., None]) * scale[..., None].double()).flatten(1)[:, : weight.shape[1]]
-    difference = weight.double() - stored
+def _detail(made: BlockLinear, weight: torch.Tensor, rounded: Rounded, moment: torch.Tensor | None) -> dict[str, Any]:
+    difference = weight.double() - stored_values(rounded, weight.shape[1]).double()
     detail: dict[str, Any] = {
         "bits": made.bits,
         "block_size": made.block,

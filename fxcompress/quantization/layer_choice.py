@@ -59,13 +59,14 @@ def ignored_by(
 
 
 def linear_sites(
-    graph_module: fx.GraphModule, ignore: Sequence[str]
+    graph_module: fx.GraphModule, ignore: Sequence[str], others: Sequence[str] = ()
 ) -> tuple[dict[str, list[str]], dict[str, tuple[str, str]]]:
     """Linear layers whose weight may be stored as integers.
 
     Args:
         graph_module: with the layers.
         ignore: name patterns of those that stay.
+        others: paths of layers of other kinds that the patterns may be meant for.
 
     Returns:
         path → names of the nodes that call it; and of what is left, path → code and reason.
@@ -82,7 +83,7 @@ def linear_sites(
         if type(graph_module.get_submodule(str(node.target))) is nn.Linear:
             calls.setdefault(str(node.target), []).append(node.name)
     for pattern in ignore:
-        if not any(fnmatchcase(path, pattern) for path in calls):
+        if not any(fnmatchcase(path, pattern) for path in (*calls, *others)):
             raise OptionError(f"no linear layer matches {pattern!r}", where="ignore", remedy=nearest(pattern, calls))
     left: dict[str, tuple[str, str]] = {}
     for path in calls:

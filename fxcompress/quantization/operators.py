@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["pack", "unpack"]
+from fxcompress.analysis.macs import count_like_matmul
+
+__all__ = ["dynamic_matmul", "pack", "unpack"]
 
 _LIBRARY = torch.library.Library("fxcompress", "FRAGMENT")
 _LIBRARY.define("dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define("dynamic_matmul(Tensor x, Tensor y) -> Tensor")
 _LIBRARY.define(
     "block_linear(Tensor x, Tensor packed, Tensor scale, Tensor zero_point, Tensor? bias, int bits, int features) "
     "-> Tensor"
@@ -22,12 +25,20 @@ def _dynamic_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Linear on an int8 weight ``[out, in]`` and ``x`` rounded to uint8 over its own range (one for the tensor)."""
+    return torch.nn.functional.linear(_rounded(x), weight.to(x.dtype) * scale[:, None].to(x.dtype), bias)
+
+
+def _dynamic_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Product of two tensors, each rounded to uint8 over its own range."""
+    return torch.matmul(_rounded(x), _rounded(y))
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = (high - low) / 255
     step = torch.where(step > 0, step, torch.ones_like(step))
     zero = (-low / step).round().clamp(0, 255)
-    rounded = (((x / step).round() + zero).clamp(0, 255) - zero) * step
-    return torch.nn.functional.linear(rounded, weight.to(x.dtype) * scale[:, None].to(x.dtype), bias)
+    return (((x / step).round() + zero).clamp(0, 255) - zero) * step
 
 
 def _block_linear(
@@ -46,7 +57,11 @@ def _block_linear(
 
 
 _LIBRARY.impl("dynamic_linear", _dynamic_linear, "CompositeImplicitAutograd")
+_LIBRARY.impl("dynamic_matmul", _dynamic_matmul, "CompositeImplicitAutograd")
 _LIBRARY.impl("block_linear", _block_linear, "CompositeImplicitAutograd")
+
+dynamic_matmul = torch.ops.fxcompress.dynamic_matmul.default
+count_like_matmul(dynamic_matmul, "x", "y")
 
 
 def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:

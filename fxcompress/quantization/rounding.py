@@ -6,7 +6,7 @@ import torch
 
 from fxcompress.quantization.types import QuantType, parameters_of_range
 
-__all__ = ["Rounded", "gptq", "round_to_nearest"]
+__all__ = ["Rounded", "gptq", "round_to_nearest", "stored_values"]
 
 Rounded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Integers ``[out, blocks, block]``, scale ``[out, blocks]`` and zero point ``[out, blocks]``."""
@@ -27,6 +27,12 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> Rounded:
     scale, zero = parameters_of_range(parted.amin(2), parted.amax(2), kind)
     integers = (parted / scale[..., None] + zero[..., None]).round().clamp(0, kind.maximum).to(torch.int32)
     return integers, scale, zero
+
+
+def stored_values(rounded: Rounded, features: int) -> torch.Tensor:
+    """``[out, features]`` what integers, scales and zero points stand for, float32."""
+    integers, scale, zero = rounded
+    return ((integers - zero[..., None]) * scale[..., None]).flatten(1)[:, :features]
 
 
 def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, block: int) -> Rounded:
