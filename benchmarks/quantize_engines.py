@@ -99,7 +99,7 @@ def build(name: str, work: Path) -> dict[str, Any]:
     row["left"] = {reason: [site.site for site in sites] for reason, sites in report.integers.reasons().items()}
     try:
         row |= build_peer(model, example, data, folder / "peer")
-    except Exception as error:  # the peer's failures are a result
+    except Exception as error:  # noqa: BLE001  (the peer's failures are a result)
         row["peer"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     (folder / "row.json").write_text(json.dumps(row))
     return row
@@ -122,7 +122,7 @@ def build_peer(model: nn.Module, example: Any, data: Sequence[Any], folder: Path
     told: dict[str, Any] = {}
     try:
         quant_pre_process(str(plain), str(ready))
-    except Exception:
+    except Exception:  # noqa: BLE001
         # Its symbolic shape inference fails on some exports; onnx's own then has to do.
         quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
         told["peer"] = "without symbolic shapes"
@@ -227,12 +227,13 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
         columns=columns,
         summary=summary,
         notes=[
-            "In integers / all, by kind, and the percentage of all multiply-accumulates in integers, read from the graph "
-            "that ONNX Runtime's optimizer made; the largest error of the engine against the rounding graph in PyTorch; "
-            "megabytes of the ONNX file. Milliseconds: medians of calls in turns at batch 1 and 8, the last figure of "
-            "the column's name; the ratios are of these medians, below 1 is faster. `peer` is `quantize_static` on the "
-            "plain export with uint8 activations and int8 weights per channel; its integer operations are convolutions, "
-            "products and additions together. Random weights, every layer enlivened (benchmarks/zoo.py)."
+            "In integers / all, by kind, and the percentage of all multiply-accumulates in integers, read from the "
+            "graph that ONNX Runtime's optimizer made; the largest error of the engine against the rounding graph in "
+            "PyTorch; megabytes of the ONNX file. Milliseconds: medians of calls in turns at batch 1 and 8, the last "
+            "figure of the column's name; the ratios are of these medians, below 1 is faster. `peer` is "
+            "`quantize_static` on the plain export with uint8 activations and int8 weights per channel; its integer "
+            "operations are convolutions, products and additions together. Random weights, every layer enlivened "
+            "(benchmarks/zoo.py)."
         ],
         facts=_results.machine_facts(threads),
     )

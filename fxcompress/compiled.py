@@ -34,10 +34,8 @@ __all__ = ["Compiled", "load"]
 _GRAPH, _WEIGHTS, _REPORT = "graph.json", "weights.safetensors", "report.json"
 # Largest relative error that an engine may show against PyTorch, by the widest rounding among its outputs.
 _ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A value on the border of two integers may fall either way, and takes others with it: what an engine may differ from the
-# rounding graph grows with what rounding does to the outputs, but for nothing beyond the second.
-_QUANTIZED_TOLERANCE, _MOST_QUANTIZED_TOLERANCE = 5e-2, 0.5
-_ROUNDING_PASSES = {"quantize", "calibrate", "train_quantized", "quantize_dynamic"}
+# A value on the border of two integers may fall either way, and takes others with it.
+_QUANTIZED_TOLERANCE = 5e-2
 
 
 class Compiled:
@@ -184,7 +182,7 @@ def build_engine(
     if progress is not None:
         context.progress = progress
     if verify and example_inputs is not None:
-        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in, _rounding_error(report))
+        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in)
         context.verify, context.reference = proof.of, proof.reference
     engine = backend.build(graph_module, output, context)
     report.engine = EngineReport.from_engine(engine, report.passes)
@@ -218,11 +216,6 @@ def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
     return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)
 
 
-def _rounding_error(report: Report) -> float:
-    """What passes that round activations did to the outputs."""
-    return max((item.error or 0.0 for item in report.passes if item.name in _ROUNDING_PASSES), default=0.0)
-
-
 class _Proof:
     """The graph's outputs in PyTorch at two sizes of the dynamic dims, which an engine is held against."""
 
@@ -232,7 +225,6 @@ class _Proof:
         leaves: Sequence[Any],
         outputs: list[Any] | None,
         computes_in: torch.dtype | None,
-        rounding_error: float,
     ) -> None:
         self._graph_module = graph_module
         other = other_sizes(graph_module, leaves)
@@ -244,7 +236,7 @@ class _Proof:
         dtypes |= {computes_in} if computes_in is not None else set()
         self._allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
         if any(isinstance(module, (Quantizer, DynamicLinear)) for module in graph_module.modules()):
-            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE, min(rounding_error, _MOST_QUANTIZED_TOLERANCE))
+            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE)
 
     def of(self, engine: Engine) -> dict[str, Any]:
         runs = iter(range(len(self._sets)))

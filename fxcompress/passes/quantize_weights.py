@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx
 
-from fxcompress.analysis.scaling import Factors, scaled_weights, scaling
+from fxcompress.analysis.scaling import Factors, apply_factors, scaling
 from fxcompress.analysis.statistics import MeanAbs, MeanSquare, SecondMoment, collect
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
@@ -111,10 +111,8 @@ class QuantizeWeights(Pass):
                 seen[path] = Seen(*(torch.stack(own).amax(0) for own in figures))
             s, alpha, error = choose_factors(site, weights, seen, rounding)
             factors.values[site.classes] = s
-            told.update(dict.fromkeys(site.inputs, {"alpha": alpha, "expected_error": error}))
-        with GraphEditor(graph_module) as editor:
-            for path, tensor in scaled_weights(graph_module, found, factors.values):
-                editor.set_tensor(path, tensor)
+            told.update({path: {"alpha": alpha, "expected_error": error} for path in site.inputs})
+        apply_factors(graph_module, found, factors.values)
         return told
 
     def _moments(

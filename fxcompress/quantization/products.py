@@ -40,7 +40,8 @@ class Product:
             made = editor.insert_call(dynamic_matmul, (left, right), before=self.node, like=self.node)
             editor.replace(self.node, made)
             return "both sides rounded in each call"
-        layer = nn.Linear(*self.weight.shape, bias=False, device="meta")
+        inputs, outputs = self.weight.shape
+        layer = nn.Linear(inputs, outputs, bias=False, device="meta")
         layer.weight = nn.Parameter(self.weight.detach().T, requires_grad=False)
         path = editor.add_module(f"{self.node.name}_linear", DynamicLinear.of(layer))
         editor.replace(self.node, editor.insert_module(path, (left,), before=self.node, like=self.node))

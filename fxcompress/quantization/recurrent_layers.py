@@ -35,12 +35,12 @@ class QuantizedLSTM(nn.LSTM):
         made = cls.__new__(cls)
         for name, value in layer.__dict__.items():
             made.__dict__[name] = value.copy() if isinstance(value, (dict, list, set)) else value
-        made.add_module("quantizers", nn.ModuleDict())
+        stubs = {}
         for name in made._weights():
             weight = getattr(layer, name).detach()
-            quantizer = Quantizer(_WEIGHT, 0, weight.shape[0])
-            quantizer.set(*parameters_of_range(weight.amin(1), weight.amax(1), _WEIGHT))
-            made.quantizers[name] = quantizer  # type: ignore[operator]
+            stubs[name] = Quantizer(_WEIGHT, 0, weight.shape[0])
+            stubs[name].set(*parameters_of_range(weight.amin(1), weight.amax(1), _WEIGHT))
+        made.add_module("quantizers", nn.ModuleDict(stubs))
         return made
 
     def _weights(self) -> list[str]:
@@ -55,9 +55,8 @@ class QuantizedLSTM(nn.LSTM):
         stubs: Any = self.quantizers
         plain = nn.LSTM.__new__(nn.LSTM)
         plain.__dict__.update(self.__dict__)
-        plain.__dict__["_flat_weight_refs"] = [None] * len(
-            self._flat_weights_names
-        )  # else the layer takes its parameters anew where they were replaced
+        # References to the parameters would have the layer take them, which are not rounded, anew.
+        plain.__dict__["_flat_weight_refs"] = [None] * len(self._flat_weights_names)
         plain.__dict__["_flat_weights"] = [
             stubs[name](getattr(self, name)) if name in stubs else getattr(self, name)
             for name in self._flat_weights_names
@@ -69,14 +68,15 @@ class _WithQuantizedWeights:
     """An emitter for which each weight is the quantized one."""
 
     def __init__(self, emit: Emitter, layer: QuantizedLSTM) -> None:
-        self._emit, self._stubs = emit, layer.quantizers
+        self._emit = emit
+        self._stubs: Any = layer.quantizers
         self.call = emit.call
 
     def tensor(self, name: str) -> Any:
-        found, stubs = self._emit.tensor(name), self._stubs
-        if name not in stubs:  # type: ignore[operator]
+        found = self._emit.tensor(name)
+        if name not in self._stubs:
             return found
-        return emit_fake_quant(self._emit, stubs[name], f"quantizers.{name}.", found, 0)  # type: ignore[index]
+        return emit_fake_quant(self._emit, self._stubs[name], f"quantizers.{name}.", found, 0)
 
 
 def _lower(emit: Emitter, layer: QuantizedLSTM, inputs: tuple[Any, ...]) -> Any:

@@ -157,3 +157,35 @@ def test_bad_options(options, message):
 def test_dynamic_inputs_of_zeros_give_the_bias(model, captured):
     graph = run(QuantizeDynamic(), captured).graph_module
     torch.testing.assert_close(graph(torch.zeros(1, 7, 100)), model(torch.zeros(1, 7, 100)), rtol=0, atol=0.05)
+
+
+def test_awq_spares_the_inputs_that_are_large_on_data(model):
+    outliers = torch.ones(100)
+    outliers[::25] = 30.0
+    scaled = nn.Sequential(nn.LayerNorm(100), nn.Linear(100, 64)).eval()
+    scaled[0].weight.data.mul_(outliers)  # what AWQ is for: a few channels carry large activations
+    x = torch.randn(64, 100)
+    graph = capture(scaled, (x,))
+    expected = scaled(x)
+    errors = {}
+    for algorithm, data in (("rtn", None), ("awq", [x])):
+        pass_ = QuantizeWeights(bits=4, block_size=32, algorithm=algorithm, calibration=data)
+        result = pass_.run(copy_graph(graph), PassContext(example_inputs=[x]))
+        verify(result.graph_module, shapes=True)
+        errors[algorithm] = float((result.graph_module(x) - expected).norm() / expected.norm())
+    detail = result.rewrites[0].detail
+    assert detail["alpha"] > 0 and detail["expected_error"] < 0.98
+    assert errors["awq"] < 0.9 * errors["rtn"], errors
+
+
+def test_awq_leaves_what_nothing_can_scale():
+    # The first layer reads the model's input, which nothing before it can divide.
+    linear = nn.Sequential(nn.Linear(64, 32)).eval()
+    x = torch.randn(8, 64)
+    graph = capture(linear, (x,))
+    results = [
+        QuantizeWeights(bits=4, algorithm=a, calibration=d).run(copy_graph(graph), PassContext(example_inputs=[x]))
+        for a, d in (("rtn", None), ("awq", [x]))
+    ]
+    assert torch.equal(results[0].graph_module(x), results[1].graph_module(x))
+    assert "alpha" not in results[1].rewrites[0].detail
