@@ -54,8 +54,9 @@ def trace(
     write = _first_write(recorded)
     if write is not None:
         raise GraphError(f"{write} writes into its argument; graphs are functional")
-    for node in recorded.graph.nodes:
-        node.target = OF_ANY_LAYOUT.get(node.target, node.target)
+    if not decompositions:  # whoever takes operations apart wants the simple ones
+        for node in recorded.graph.nodes:
+            node.target = OF_ANY_LAYOUT.get(node.target, node.target)
     return recorded
 
 

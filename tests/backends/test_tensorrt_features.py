@@ -52,13 +52,13 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor]:
 CASES: dict[str, Callable[[], Case]] = {
     "dynamic dims": lambda: (contract.Convolutional().eval(), IMAGES, [], {}),
     "several profiles": lambda: (linear(), ROWS, [], {"profiles": ({"batch": (1, 1, 4)}, {"batch": (4, 16, 64)})}),
-    "dict and keyword inputs": lambda: (Keywords(), ROWS, [], {}),
+    "dict and keyword inputs": lambda: (Keywords().eval(), ROWS, [], {}),
     "attention": lambda: (contract.Attention().eval(), tokens(), [], {}),
     "recurrent layers": lambda: (Recurrent().eval(), (torch.randn(2, 5, 6),), [], {}),
     "float16": lambda: (linear(), ROWS, ["convert_precision(dtype='float16')"], {}),
     "bfloat16": lambda: (linear(), ROWS, ["convert_precision(dtype='bfloat16')"], {}),
     "float64": lambda: (linear().double(), (ROWS[0].double(),), [], {}),
-    "integers of 64 bits": lambda: (Increment(), (torch.tensor([1, 2]),), [], {}),
+    "integers of 64 bits": lambda: (Increment().eval(), (torch.tensor([1, 2]),), [], {}),
     "static int8": lambda: (
         contract.Convolutional().eval(),
         IMAGES,
@@ -75,7 +75,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "weights stored in 4 bits": lambda: (linear(), ROWS, ["quantize_weights(bits=4, block_size=32)"], {}),
     "2:4 sparse kernels": lambda: (linear(), ROWS, [], {"sparse_weights": True}),
     "fold and unfold": lambda: (
-        nn.Sequential(nn.Unfold(3, padding=1), nn.Tanh(), nn.Fold((8, 8), 3, padding=1)),
+        nn.Sequential(nn.Unfold(3, padding=1), nn.Tanh(), nn.Fold((8, 8), 3, padding=1)).eval(),
         IMAGES,
         [],
         {},

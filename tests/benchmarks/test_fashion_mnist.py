@@ -150,7 +150,7 @@ def test_every_method_meets_the_budget(method: str, scope: str):
     torch.manual_seed(0)
     model = network.ResNet((32, 64), blocks=1).eval()
     images = torch.randn(16, 1, 28, 28)
-    setting = prune.Setting(scope, 0, 0, images[:2], (images,))
+    setting = prune.Setting(scope, images[:2], (images,))
     pruned = prune.METHODS[method](model, prune.macs(model) // 2, setting)
     widths = {layer.out_channels for layer in pruned.modules() if isinstance(layer, torch.nn.Conv2d)}
     assert prune.macs(pruned) <= 0.5 * prune.macs(model)

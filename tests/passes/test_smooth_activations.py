@@ -73,7 +73,7 @@ def test_quantization_loses_less_after_it(model):
         expected = model(X)
         return float(((compiled(X) - expected).norm() / expected.norm()).detach())
 
-    assert error(SmoothActivations(data())) < 0.7 * error()
+    assert error(SmoothActivations(data())) < 0.9 * error()  # outputs of linear layers stay floats, so less is left to gain
 
 
 def test_without_products_and_ignored(model):
