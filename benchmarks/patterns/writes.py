@@ -154,3 +154,18 @@ def convolution_per_sample(m, x):
     batch = x.shape[0]
     weight = x.mean((2, 3))[:, :, None, None, None].expand(-1, -1, 1, 3, 3).reshape(-1, 1, 3, 3)
     return F.conv2d(x.reshape(1, -1, 8, 8), weight, padding=1, groups=batch * 16).view(batch, 16, 8, 8)
+
+
+@tokens(lambda: {"mask": torch.full((6, 6), float("-inf")).triu(1), "qkv": nn.Linear(16, 48), "a": nn.Linear(16, 16)})
+def mask_of_infinities(m, x):
+    q, k, v = m.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) / 8**0.5 + m.mask
+    return m.a((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@image(lambda: {"kernel": conv(16, 162, 1), "a": conv(16, 16, 1)})
+def outlook_attention(m, x):
+    windows = F.unfold(m.a(x), 3, padding=1).view(-1, 2, 8, 9, 64).permute(0, 1, 4, 3, 2)
+    weights = m.kernel(x).flatten(2).view(-1, 2, 9, 9, 64).permute(0, 1, 4, 2, 3)
+    mixed = (weights @ windows).permute(0, 1, 4, 3, 2).reshape(-1, 144, 64)
+    return F.fold(mixed, (8, 8), 3, padding=1)

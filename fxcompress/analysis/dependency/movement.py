@@ -112,11 +112,19 @@ def _repeat_interleave(b: Builder, node: fx.Node) -> Layout:
     return tuple(layout)
 
 
+def _whole(b: Builder, node: fx.Node, places: Layout) -> None:
+    """The places of a kernel: their number is the operation's own."""
+    live = [dim for dim in places if is_live(dim)]
+    if live:
+        b.barrier(node, "the places of the kernel all stay", live)
+
+
 def _pixel_shuffle(b: Builder, node: fx.Node) -> Layout:
     *batch, channels, height, width = b.layout(node.args[0])
     r = int(node.args[1])  # type: ignore[arg-type]
     total = size_of(channels)
     split = b.view(node, (channels,), [total // (r * r), r, r], live=0)
+    _whole(b, node, split[1:])
     return (*batch, split[0], (*height, *split[1]), (*width, *split[2]))
 
 
@@ -147,6 +155,7 @@ def _col2im(b: Builder, node: fx.Node) -> Layout:
         b.barrier(node, "the window slides over these dimensions", [places])
     kernel = int(a["kernel_size"][0]) * int(a["kernel_size"][1])
     split = b.view(node, (columns,), [sizes(node)[-3], kernel], live=0)
+    _whole(b, node, split[1:])
     return (*batch, split[0], *(inert(size) for size in sizes(node)[-2:]))
 
 

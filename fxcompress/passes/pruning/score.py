@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.analysis.dependency.groups import Group, importance
+from fxcompress.analysis.dependency.layout import blocks
 from fxcompress.errors import PreconditionError
 from fxcompress.passes.pruning.importance import WEIGHT_CRITERIA, Criterion, UserScore, of_user, weight_criterion
 from fxcompress.passes.pruning.plan import Plan
@@ -41,7 +42,7 @@ def scores_of(
     Raises:
         PreconditionError: a weight is not finite, or the data does not fit the model.
     """
-    _check_finite(plan.weights)
+    _check_finite(plan)
     scores, heard = _scores(_criterion(options, graph_module), plan)
     deaf = [group for group in groups if not heard[group.classes].all()]
     if deaf:
@@ -66,12 +67,21 @@ def _scores(criterion: Criterion, plan: Plan) -> tuple[NDArray[np.float64], NDAr
     return importance(plan.builder, plan.solution, plan.weights, criterion)
 
 
-def _check_finite(weights: dict[str, torch.Tensor]) -> None:
-    for path, weight in weights.items():
+def _check_finite(plan: Plan) -> None:
+    for path, weight in plan.weights.items():
+        if not weight.is_floating_point() or not (isinstance(weight, nn.Parameter) or _ranked(plan, path)):
+            continue  # a buffer may hold infinity: a mask, a range
         # NaN and infinity survive a sum, which is many times faster; a finite weight may still overflow it.
-        if weight.is_floating_point() and not bool(weight.sum().isfinite() or torch.isfinite(weight).all()):
+        if not bool(weight.sum().isfinite() or torch.isfinite(weight).all()):
             raise PreconditionError(
                 f"the weight {path!r} holds NaN or infinity, so that channels cannot be ranked",
                 where=path,
                 remedy="repair the checkpoint, or list the layer in ignore once it is finite",
             )
+
+
+def _ranked(plan: Plan, path: str) -> bool:
+    """Whether channels are told apart by this tensor."""
+    removable, class_of = plan.solution.removable, plan.solution.class_of
+    found = (block for dim in plan.builder.weights[path] for block in blocks(dim))
+    return any(bool(removable[class_of[block.labels]].any()) for block in found)
