@@ -28,7 +28,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-X = torch.randn(2, 6, 16)
+X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
 
 
 def data(count=3):
@@ -73,8 +73,7 @@ def test_quantization_loses_less_after_it(model):
         expected = model(X)
         return float(((compiled(X) - expected).norm() / expected.norm()).detach())
 
-    # Outputs of linear layers stay floats, so that there is not so much to gain.
-    assert error(SmoothActivations(data())) < 0.9 * error()
+    assert error(SmoothActivations(data())) < 0.7 * error()
 
 
 def test_without_products_and_ignored(model):
