@@ -164,17 +164,16 @@ class Backend(ABC):
             context.progress(f"load {self.name} engine")
             engine = self.load_built(writer.directory, draft)
             try:
+                left_out = write_reference(writer.directory, context.reference()) if context.reference else ""
+                context.measurements |= {"reference": left_out} if left_out else {}
+                if context.verify is None or left_out:
+                    engine.open()  # now: the first run could not tell whether the engine is right
                 if context.verify is not None:
                     context.progress(f"verify {self.name} engine")
                     skipped = {"skipped": "; ".join(filter(None, (engine.unavailable, context.instead)))}
                     found = skipped if engine.unavailable else dict(context.verify(engine))
                     context.measurements["verification"] = found
-                else:
-                    engine.open()  # whether it can be opened is not left for the first run to find out
                 context.measurements.update(self.examine(engine, graph_module, context))
-                if context.reference is not None:
-                    left_out = write_reference(writer.directory, context.reference())
-                    context.measurements |= {"reference": left_out} if left_out else {}
                 path, manifest = writer.commit(draft)
             except BaseException:
                 engine.close()

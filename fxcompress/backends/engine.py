@@ -79,6 +79,7 @@ class Engine(ABC):
 
         Raises:
             BackendError: the library refuses the model, or the engine is closed.
+            VerificationError: the opened model does not reproduce the bundle's reference data.
         """
 
     def _release(self) -> None:  # noqa: B027  (most engines have nothing to let go)

@@ -3,7 +3,7 @@
 To check an engine on the machine that compiles, its weights would be held once more beside those of the model. But
 nodes run one after another: a session over the first of them gives what the next session starts from. Every node, and
 the bytes of every weight, are those of the file, and each session has the engine's own options. Only what the engine's
-optimizer does across a border between two parts is not seen.
+optimizer does across a border between two parts is not seen; the engine proves that when its session is opened.
 """
 
 from __future__ import annotations

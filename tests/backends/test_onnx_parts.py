@@ -121,3 +121,27 @@ def test_a_wrong_weight_in_the_file_is_noticed(
     with pytest.raises(VerificationError, match="differs from PyTorch"):
         fxc.compile(heavy, example_inputs=(torch.randn(2, 32),), backend="onnxruntime", output=output, progress=False)
     assert not output.exists()
+
+
+def test_an_engine_that_opens_late_proves_the_whole_before_it_runs(heavy: nn.Module) -> None:
+    x = torch.randn(2, 32)
+    engine = fxc.compile(heavy, example_inputs=(x,), backend="onnxruntime", progress=False).engine
+    assert isinstance(engine, OnnxRuntimeEngine)
+    model = onnx.load(engine.path / "model.onnx")
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.01, weight.name))
+    onnx.save(model, engine.path / "model.onnx")  # stands for an optimizer that goes wrong across two parts
+    for _ in range(2):  # it is not taken the second time either
+        with pytest.raises(VerificationError, match="differs from PyTorch"):
+            engine(x)
+        assert engine._session is None
+
+
+def test_without_room_for_reference_data_the_whole_is_verified_at_once(
+    heavy: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxcompress.backends.reference._LIMIT", 16)
+    engine = fxc.compile(heavy, example_inputs=(torch.randn(2, 32),), backend="onnxruntime", progress=False).engine
+    assert isinstance(engine, OnnxRuntimeEngine) and engine._session is not None
+    assert engine.manifest.measurements["verification"]["input_shapes"] == [[[2, 32]], [[1, 32]]]
+    assert "left out" in engine.manifest.measurements["reference"]
