@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxcompress.errors import OptionError
 from fxcompress.graph.info import info
+from fxcompress.graph.raw_bytes import raw_bytes
 
 __all__ = [
     "UNSTRUCTURED",
@@ -160,7 +161,7 @@ def compressed_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of tensors after deflate (as in gzip and zip); of a large tensor pieces are compressed and extrapolated."""
     total = 0.0
     for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = torch.from_numpy(raw_bytes(tensor))
         if len(data) <= _SAMPLE:
             total += len(zlib.compress(data.numpy().data))
             continue

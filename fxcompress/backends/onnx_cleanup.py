@@ -115,16 +115,17 @@ def _plain_outputs(graph: ir.Graph) -> None:
 def _name_ends(graph: ir.Graph, input_names: Sequence[str], output_names: Sequence[str]) -> None:
     ends = {id(value): name for value, name in zip(graph.inputs, input_names, strict=True)}
     ends |= {id(value): name for value, name in zip(graph.outputs, output_names, strict=True)}
-    reserved = set(ends.values())
-    values = list(_values(graph))
-    used = {value.name for value in values} | reserved
-    for value in values:
-        if id(value) not in ends and value.name in reserved:
-            name = value.name
+    values = [value for value in _values(graph) if id(value) not in ends]
+    taken = set(ends.values())
+    used = taken.union(value.name for value in values)
+    for value in values:  # a parameter and an operation may have one name: fx keeps names of nodes apart, no others
+        name = value.name
+        if name in taken:
             while name in used:
-                name += "_"
-            used.add(name)
+                name = f"{name}_"
             _rename(graph, value, name)
+        taken.add(name)
+        used.add(name)
     # Two steps, for an input may take the name that another one had.
     for value in (*graph.inputs, *graph.outputs):
         value.name = f"{id(value)}"

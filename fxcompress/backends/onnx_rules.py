@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fxcompress.backends.onnx_bags import BAG_RULES
 from fxcompress.backends.onnx_recurrent import RECURRENT_RULES
 from fxcompress.graph.lowering import Lowering
 
@@ -160,6 +161,7 @@ ONLY_SOMETIMES = {
 
 RULES: dict[Any, Rule] = {
     **RECURRENT_RULES,
+    **BAG_RULES,
     aten.fake_quantize_per_tensor_affine.default: _keep,
     aten.fake_quantize_per_channel_affine.default: _keep,
     aten.contiguous.default: _same,

@@ -17,6 +17,8 @@ import torch
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from fxcompress.graph.raw_bytes import raw_bytes
+
 __all__ = ["all_nodes", "fold_weights", "strip_weights", "weights_file", "write_model"]
 
 Weights = dict[str, torch.Tensor]
@@ -235,7 +237,7 @@ def write_model(model: onnx.ModelProto, weights: Weights, path: Path) -> Path | 
     beside = weights_file(path)
     with beside.open("wb") as file:
         for name, tensor in tensors.items():
-            data = _bytes(weights[name])
+            data = raw_bytes(weights[name])
             if data.nbytes >= _ALIGNMENT:
                 file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
             place = {"location": beside.name, "offset": file.tell(), "length": data.nbytes}
@@ -265,7 +267,7 @@ def _write_embedded(model: onnx.ModelProto, tensors: dict[str, onnx.TensorProto]
         file.write(model.SerializeToString() + _field(onnx.ModelProto.GRAPH_FIELD_NUMBER, size) + graph)
         for name, head in zip(tensors, heads, strict=True):
             file.write(head)
-            file.write(_bytes(weights[name]).data)
+            file.write(raw_bytes(weights[name]).data)
 
 
 def _field(number: int, length: int) -> bytes:
@@ -277,8 +279,3 @@ def _field(number: int, length: int) -> bytes:
             value >>= 7
         written.append(value)
     return bytes(written)
-
-
-def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()

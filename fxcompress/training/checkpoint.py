@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxcompress.errors import PreconditionError
+from fxcompress.graph.raw_bytes import raw_bytes
 
 __all__ = [
     "Checkpoint",
@@ -158,8 +159,7 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
     shapes = [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()]
     weights = hashlib.sha256()
     for tensor in tensors.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        weights.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        weights.update(raw_bytes(tensor).data)
     return {"parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(), "weights": weights.hexdigest()}
 
 

@@ -111,12 +111,12 @@ def test_without_verification_it_is_opened_at_once(heavy: nn.Module) -> None:
 def test_a_wrong_weight_in_the_file_is_noticed(
     heavy: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = onnx_weights._bytes
+    write = onnx_weights.raw_bytes
 
     def spoiled(tensor: torch.Tensor) -> np.ndarray:
         return write(tensor * 1.01 if tensor.dim() == 2 else tensor)
 
-    monkeypatch.setattr(onnx_weights, "_bytes", spoiled)
+    monkeypatch.setattr(onnx_weights, "raw_bytes", spoiled)
     output = tmp_path / "bundle"
     with pytest.raises(VerificationError, match="differs from PyTorch"):
         fxc.compile(heavy, example_inputs=(torch.randn(2, 32),), backend="onnxruntime", output=output, progress=False)
