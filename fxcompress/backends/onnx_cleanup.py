@@ -117,12 +117,12 @@ def _name_ends(graph: ir.Graph, input_names: Sequence[str], output_names: Sequen
     ends |= {id(value): name for value, name in zip(graph.outputs, output_names, strict=True)}
     values = [value for value in _values(graph) if id(value) not in ends]
     taken = set(ends.values())
-    used = taken.union(value.name for value in values)
+    used = taken.union(value.name or "" for value in values)
     for value in values:  # a parameter and an operation may have one name: fx keeps names of nodes apart, no others
-        name = value.name
+        name = value.name or ""
         if name in taken:
             while name in used:
-                name = f"{name}_"
+                name += "_"
             _rename(graph, value, name)
         taken.add(name)
         used.add(name)
