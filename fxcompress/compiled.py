@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx
 
@@ -128,10 +129,17 @@ class Compiled:
         graph_module = self._sound()
         signature = signature_of(graph_module, self._example_inputs)
         with BundleWriter(path) as writer:
-            directory = writer.directory
-            (directory / _GRAPH).write_text(json.dumps(serialize.graph_to_json(graph_module)), encoding="utf-8")
-            save_file(serialize.weights(graph_module), directory / _WEIGHTS)
-            (directory / _REPORT).write_text(self.report.to_json(), encoding="utf-8")
+            directory, weights = writer.directory, serialize.weights(graph_module)
+            try:
+                (directory / _GRAPH).write_text(json.dumps(serialize.graph_to_json(graph_module)), encoding="utf-8")
+                save_file(weights, directory / _WEIGHTS)
+                (directory / _REPORT).write_text(self.report.to_json(), encoding="utf-8")
+            except (OSError, SafetensorError) as error:
+                raise BundleError(
+                    f"the graph cannot be saved: {getattr(error, 'strerror', None) or error}",
+                    where=str(path),
+                    remedy="make room on the disk, or choose another output",
+                ) from error
             written, _ = writer.commit(
                 Manifest(
                     "graph",
@@ -153,13 +161,13 @@ def load(path: str | Path) -> Compiled:
         BundleError: the bundle is missing, damaged, altered, of a newer format, or holds an engine
             (:func:`fxcompress.load_engine` loads those).
     """
+    read_manifest(path, kind="graph")
     directory = Path(path)
-    read_manifest(directory, kind="graph")
     try:
         document = json.loads((directory / _GRAPH).read_text(encoding="utf-8"))
         weights = load_file(directory / _WEIGHTS)
         report = Report.from_dict(json.loads((directory / _REPORT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BundleError(
             f"the saved graph cannot be read: {error}", where=str(directory), remedy="save the model again"
         ) from error

@@ -81,7 +81,7 @@ def compile(
         seconds = time.perf_counter() - started
         leaves = _leaves(model, captured, example_inputs)
         check = None
-        if verify and leaves is not None and isinstance(source, nn.Module) and source is not captured:
+        if verify and leaves is not None:
             bar.detail("compare with the model")
             check = check_capture(source, captured, leaves)
         manager = PassManager(steps, prove=verify)

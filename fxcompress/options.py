@@ -7,15 +7,36 @@ import types
 import typing
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from fxcompress.errors import OptionError
+from fxcompress.errors import OptionError, nearest
 
-__all__ = ["check_types", "parse_options"]
+__all__ = ["Options", "check_types", "parse_options"]
+
+
+class Options:
+    """Base of dataclasses whose fields are options: a keyword that is none of them is told with the nearest that is."""
+
+    def __new__(cls, *_: Any, **options: Any) -> Self:
+        """Refuse unknown keywords.
+
+        Raises:
+            OptionError: names the option that was probably meant.
+        """
+        if dataclasses.is_dataclass(cls):
+            known = [item.name for item in dataclasses.fields(cls) if item.init]
+            for option in options:
+                if option not in known:
+                    raise OptionError(
+                        f"{cls.__name__} has no option {option!r}",
+                        where=f"{cls.__name__}({option}=…)",
+                        remedy=nearest(option, known),
+                    )
+        return super().__new__(cls)
 
 
 def check_types(options: Any) -> None:

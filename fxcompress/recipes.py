@@ -60,7 +60,7 @@ class Recipe(pydantic.BaseModel):
     checkpoint: Path | None = None
     inputs: list[str] | dict[str, str] = []
     dynamic_shapes: str | dict[str, Any] | list[Any] | None = "batch"
-    passes: list[str | dict[str, dict[str, Any] | None]] = []
+    passes: list[str | dict[Any, Any]] = []
     backend: str | None = None
     backend_options: dict[str, Any] = {}
     output: Path | None = None
@@ -135,6 +135,20 @@ class Recipe(pydantic.BaseModel):
         return parse_inputs(specs) if specs else None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that come twice, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} comes twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
@@ -143,7 +157,7 @@ def read_recipe(path: Path) -> Recipe:
         OptionError: an unknown key (the nearest is suggested), or a value of the wrong type.
     """
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        told = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise PreconditionError("there is no such recipe", where=str(path), remedy="check the path") from error
     except (OSError, ValueError, yaml.YAMLError) as error:

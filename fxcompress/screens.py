@@ -111,7 +111,11 @@ def check_report(path: Path) -> None:
         PreconditionError: its directory is not there, or HTML lacks its package.
     """
     if path.suffix not in (".json", ".html"):
-        raise OptionError(f"a report is .json or .html, not {path.suffix or 'without a suffix'}", where=str(path))
+        raise OptionError(
+            f"a report is .json or .html, not {path.suffix or 'without a suffix'}",
+            where=str(path),
+            remedy=f"name it {path.with_suffix('.json').name} or {path.with_suffix('.html').name}",
+        )
     if not path.absolute().parent.is_dir():
         raise PreconditionError("the report's directory is not there", where=str(path), remedy="make it first")
     if path.suffix == ".html" and importlib.util.find_spec("jinja2") is None:

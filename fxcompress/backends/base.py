@@ -24,6 +24,7 @@ from fxcompress.backends.reference import Reference, write_reference
 from fxcompress.backends.signature import Signature, TensorSpec, signature_of
 from fxcompress.backends.verification import verify_engine
 from fxcompress.errors import BackendError, OptionError, nearest
+from fxcompress.options import Options
 
 __all__ = ["Backend", "BuildContext", "Engine", "PassRecord", "Signature", "TensorSpec", "verify_engine"]
 
@@ -60,7 +61,7 @@ class BuildContext:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-class Backend(ABC):
+class Backend(Options, ABC):
     """Base of all backends; a subclass is a frozen dataclass whose fields are options of JSON's types.
 
     Class attributes:
@@ -145,10 +146,7 @@ class Backend(ABC):
             try:
                 self.write(graph_module, writer.directory, signature, context)
             except OSError as error:
-                raise BackendError(
-                    f"writing the {self.name} engine failed: {error}",
-                    remedy="make room on the disk, or choose another output",
-                ) from error
+                raise self._no_room(error) from error
             draft = Manifest(
                 "engine",
                 self.name,
@@ -164,7 +162,10 @@ class Backend(ABC):
             context.progress(f"load {self.name} engine")
             engine = self.load_built(writer.directory, draft)
             try:
-                left_out = write_reference(writer.directory, context.reference()) if context.reference else ""
+                try:
+                    left_out = write_reference(writer.directory, context.reference()) if context.reference else ""
+                except OSError as error:
+                    raise self._no_room(error) from error
                 context.measurements |= {"reference": left_out} if left_out else {}
                 if context.verify is None or left_out:
                     engine.open()  # now: the first run could not tell whether the engine is right
@@ -180,6 +181,12 @@ class Backend(ABC):
                 raise
         engine._settle(path, manifest, writer.temporary)
         return engine
+
+    def _no_room(self, error: OSError) -> BackendError:
+        return BackendError(
+            f"writing the {self.name} engine failed: {error.strerror or error}",
+            remedy="make room on the disk, or choose another output",
+        )
 
     def options(self) -> dict[str, Any]:
         """The options by name."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,10 +24,19 @@ from typing import Annotated, Any, Literal, TypeAlias
 import pydantic
 
 from fxcompress.backends.signature import TensorSpec
-from fxcompress.errors import BundleError, FxCompressError
+from fxcompress.errors import BundleError, FxCompressError, OptionError
 from fxcompress.graph.structure import Structure
 
-__all__ = ["FORMAT_VERSION", "MANIFEST", "FileRecord", "Manifest", "PassRecord", "files_of", "read_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "FileRecord",
+    "Manifest",
+    "PassRecord",
+    "as_path",
+    "files_of",
+    "read_manifest",
+]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -108,9 +118,9 @@ def read_manifest(path: str | Path, *, kind: Literal["engine", "graph"] | None =
         BundleError: the directory or a file of it is missing, truncated, altered, unlisted, or leads outside; the
             manifest is damaged, of a newer format, or of another kind.
     """
-    directory = Path(path)
+    directory = as_path(path, "path")
     if not directory.is_dir():
-        what = "is a file, not a bundle's directory" if directory.exists() else "there is no such directory"
+        what = "this is a file" if directory.exists() else "there is no such directory"
         raise BundleError(f"no bundle here: {what}", where=str(directory), remedy="give the directory of a bundle")
     manifest = _parse(directory / MANIFEST)
     if kind is not None and manifest.kind != kind:
@@ -136,6 +146,19 @@ def read_manifest(path: str | Path, *, kind: Literal["engine", "graph"] | None =
         if file_record(directory / name).sha256 != expected.sha256:
             raise _damaged(directory / name, "was altered: its sha256 differs from the manifest's")
     return manifest
+
+
+def as_path(path: object, option: str) -> Path:
+    """The path that a caller gave for a bundle.
+
+    Raises:
+        OptionError: it is neither text nor a path, or empty.
+    """
+    if isinstance(path, (str, os.PathLike)) and os.fspath(path):
+        return Path(os.fsdecode(path))
+    raise OptionError(
+        f"{option} is {path!r}, which names no directory", where=option, remedy="give a directory as text or Path"
+    )
 
 
 def files_of(directory: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxcompress.backends.bundle import MANIFEST, Manifest, file_record, files_of
+from fxcompress.backends.bundle import MANIFEST, Manifest, as_path, file_record, files_of
 from fxcompress.errors import BundleError
 
 __all__ = ["BundleWriter", "check_output", "library_versions"]
@@ -30,9 +30,10 @@ def check_output(path: str | Path) -> Path:
     Meant to be called before any work is done. Nothing stays on disk.
 
     Raises:
+        OptionError: ``path`` is neither text nor a path, or empty.
         BundleError: a file or a directory with something in it stands there, or the place cannot be written.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(as_path(path, "output")))
     try:
         if target.is_symlink() and not target.exists():
             raise _occupied(target, "a symbolic link that leads nowhere")

@@ -123,7 +123,9 @@ def write_onnx(
         beside = write_model(model, weights, path)
     except OSError as error:
         raise BackendError(
-            f"the ONNX file cannot be written: {error}", where=str(path), remedy="give a path in a writable directory"
+            f"the ONNX file cannot be written: {error.strerror or error}",
+            where=str(path),
+            remedy="give a path in a writable directory, on a disk with room for it",
         ) from error
     return OnnxFile(path, beside, inputs, outputs, found, tuple(notes), sources)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fxcompress.backends.base import Backend
-from fxcompress.backends.bundle import read_manifest
+from fxcompress.backends.bundle import MANIFEST, as_path, read_manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.errors import BackendError, BundleError, OptionError, nearest
 
@@ -70,7 +70,14 @@ def resolve_backend(backend: str | Backend) -> Backend:
     if isinstance(backend, Backend):
         return backend
     if isinstance(backend, str):
+        name, bracket, _ = backend.partition("(")
+        if bracket and name in backend_names():
+            made = f"fxcompress.backends.{backend_class(name).__name__}(...)"
+            raise OptionError(f"{backend!r} is no name", where="backend", remedy=f"give options to an instance: {made}")
         return backend_class(backend)()
+    if isinstance(backend, type) and issubclass(backend, Backend):
+        made = f"{backend.__name__}(...)"
+        raise OptionError(f"the backend is a class: {backend.__name__}", where="backend", remedy=f"make it: {made}")
     raise OptionError(
         f"a backend is a name or an instance, not a {type(backend).__name__}",
         where="backend",
@@ -90,7 +97,7 @@ def load_engine(path: str | Path, **options: Any) -> Engine:
         BackendError: its backend is unknown here, lacks its library, or refuses the files.
         OptionError: an option is unknown or outside its range.
     """
-    directory = Path(path).absolute()
+    directory = as_path(path, "path").absolute()
     manifest = read_manifest(directory, kind="engine")
     name = manifest.backend or ""
     try:
@@ -104,5 +111,9 @@ def load_engine(path: str | Path, **options: Any) -> Engine:
     try:
         backend.from_manifest(manifest, {})
     except OptionError as error:
-        raise BundleError(f"the manifest's options are wrong: {error.problem}", where=str(directory)) from error
+        raise BundleError(
+            f"the manifest's options are wrong: {error.problem}",
+            where=str(directory / MANIFEST),
+            remedy="copy or download the bundle again, or build it anew",
+        ) from error
     return backend.load(directory, manifest, **options)

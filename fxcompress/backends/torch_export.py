@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import fx
@@ -61,7 +62,11 @@ class TorchExport(Backend):
         for node in program.graph.nodes:  # source lines name folders of this machine
             node.meta = {key: value for key, value in node.meta.items() if key == "val"}
         program._guards_code = []  # Python code; the engine checks its inputs itself
-        torch.export.save(program, directory / MODEL_FILE)
+        with (directory / MODEL_FILE).open("wb") as file:
+            patient = _Patient(file)
+            torch.export.save(program, patient)  # type: ignore[arg-type]
+        if patient.error is not None:
+            raise patient.error
 
     @classmethod
     def load(
@@ -78,6 +83,28 @@ class TorchExport(Backend):
 
     def load_built(self, path: Path, manifest: Manifest) -> TorchExportEngine:
         return type(self).load(path, manifest, trust_native_code=True)
+
+
+class _Patient(io.RawIOBase):
+    """A file whose first failure is kept for later: one that torch's writer meets, on a full disk say, aborts Python."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return size
+
+    def flush(self) -> None:
+        if self.error is None:
+            self._file.flush()
 
 
 class TorchExportEngine(Engine):

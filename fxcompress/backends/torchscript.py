@@ -69,7 +69,8 @@ class TorchScript(Backend):
         graph = script_graph(flat_program(graph_module))
         with _without_deprecation():
             function: Any = torch._C._create_function_from_graph("forward", graph)
-            function.save(str(directory / MODEL_FILE))
+            program = function.save_to_buffer()  # its save() aborts Python where the disk is full
+        (directory / MODEL_FILE).write_bytes(program)
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> TorchScriptEngine:

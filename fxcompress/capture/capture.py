@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from fxcompress.capture.dynamic import marks_of
 from fxcompress.capture.export import export_program
 from fxcompress.capture.flatten import flatten_program, name_dims
-from fxcompress.capture.inputs import argument_names, example_inputs, in_call_order
+from fxcompress.capture.inputs import argument_names, distinct, example_inputs, in_call_order
 from fxcompress.capture.raising import raise_graph
 from fxcompress.capture.symbolic import trace_symbolically
 from fxcompress.errors import PreconditionError
@@ -53,6 +53,7 @@ def capture(
 def _capture(model: nn.Module | ExportedProgram, example_inputs_: object, dynamic_shapes: object) -> fx.GraphModule:
     if isinstance(model, ExportedProgram):
         graph_module = raise_graph(flatten_program(model), None)
+        _check_weights(graph_module)
         settle_sizes(graph_module)
         return graph_module
     check_model(model)
@@ -64,7 +65,7 @@ def _capture(model: nn.Module | ExportedProgram, example_inputs_: object, dynami
             return copy_graph(model)
     if example_inputs_ is None:
         return trace_symbolically(model)
-    inputs = in_call_order(model, example_inputs(example_inputs_))
+    inputs = distinct(model, in_call_order(model, example_inputs(example_inputs_)))
     names = argument_names(model, inputs)
     marks = marks_of(inputs, dynamic_shapes, names)
     program = export_program(model, inputs, marks, dynamic_shapes)
@@ -79,7 +80,7 @@ def check_model(model: object) -> None:
     """Refuse what cannot be captured before any work is done.
 
     Raises:
-        PreconditionError: not a module, training mode, or a weight that is NaN or infinite.
+        PreconditionError: not a module, or one that cannot be called; training mode; a weight that is NaN or infinite.
     """
     if not isinstance(model, nn.Module):
         raise PreconditionError(
@@ -90,6 +91,11 @@ def check_model(model: object) -> None:
         raise PreconditionError(
             "the model is TorchScript, which has no FX graph", remedy="hand in the nn.Module it was scripted from"
         )
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise PreconditionError(
+            f"a {type(model).__name__} has no forward(), so it cannot be called",
+            remedy="hand in the module that calls it, or give it a forward()",
+        )
     # Of a traced module only the layers count: an exported one says it trains, and cannot be told otherwise.
     counts = _BEHAVES_OTHERWISE if isinstance(model, fx.GraphModule) else nn.Module
     modules = dict(model.named_modules())
@@ -99,9 +105,13 @@ def check_model(model: object) -> None:
             f"the model is in training mode ({', '.join(training[:3])}{' …' if len(training) > 3 else ''})",
             remedy="call model.eval() first; the compiled module trains after compiled.module.train()",
         )
+    _check_weights(model)
+
+
+def _check_weights(model: nn.Module) -> None:
     statistics = [
         (f"{name}.{own}".lstrip("."), buffer)
-        for name, module in modules.items()
+        for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for own, buffer in module.named_buffers(recurse=False)
     ]

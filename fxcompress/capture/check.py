@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
+from fxcompress.capture.explain import first_line, user_line
 from fxcompress.capture.preserve import preserved
-from fxcompress.errors import VerificationError
+from fxcompress.errors import PreconditionError, VerificationError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import dynamic_sizes, max_relative_error, nested_inputs, outputs_of, resized
 
@@ -37,7 +39,9 @@ class CaptureCheck:
     notes: list[str] = field(default_factory=list)
 
 
-def check_capture(model: nn.Module, graph_module: fx.GraphModule, leaves: Sequence[Any]) -> CaptureCheck:
+def check_capture(
+    model: nn.Module | ExportedProgram, graph_module: fx.GraphModule, leaves: Sequence[Any]
+) -> CaptureCheck:
     """Run model and graph on the example inputs, and again at other sizes of the dynamic dims.
 
     Args:
@@ -46,8 +50,11 @@ def check_capture(model: nn.Module, graph_module: fx.GraphModule, leaves: Sequen
         leaves: flat example inputs.
 
     Raises:
+        PreconditionError: the model fails on its example inputs.
         VerificationError: the graph computes something else.
     """
+    if isinstance(model, ExportedProgram):
+        model = model.module(check_guards=False)
     other = other_sizes(graph_module, leaves)
     errors: dict[str, float] = {}
     outputs: list[Any] = []
@@ -55,17 +62,29 @@ def check_capture(model: nn.Module, graph_module: fx.GraphModule, leaves: Sequen
     for index, inputs in enumerate([leaves] if other is None else [leaves, other]):
         sizes = _told(graph_module, inputs)
         args, kwargs = nested_inputs(graph_module, inputs)
-        ours = outputs_of(graph_module, args, kwargs)
-        if index == 0:
-            outputs = ours
         try:
             with preserved(model):
                 theirs = outputs_of(model, *_fresh(args, kwargs))
         except Exception as error:
             if index == 0:
-                raise
+                raise PreconditionError(
+                    f"the model does not take these example inputs: {type(error).__name__}: {first_line(error)}",
+                    where=user_line(error) or "example_inputs",
+                    remedy="give inputs of the shapes, dtypes and values that the model takes",
+                ) from error
             notes.append(f"the model itself fails at {sizes}: {type(error).__name__}: {error}".splitlines()[0])
             continue
+        try:
+            ours = outputs_of(graph_module, args, kwargs)
+        except Exception as error:
+            raise VerificationError(
+                f"the captured graph fails at {sizes}, where the model runs: {type(error).__name__}: "
+                f"{first_line(error)}",
+                remedy="fix the sizes that the model does not take free, by dynamic_shapes, and report this",
+            ) from error
+        if index == 0:
+            outputs = ours
+            notes += _unproved(theirs)
         error_, output = max_relative_error(theirs, ours)
         errors[sizes] = error_
         dtypes = [leaf.dtype for leaf in theirs if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
@@ -78,6 +97,16 @@ def check_capture(model: nn.Module, graph_module: fx.GraphModule, leaves: Sequen
                 "of another library, or a Python branch on a size; verify=False skips this check",
             )
     return CaptureCheck(errors, outputs, other, notes)
+
+
+def _unproved(outputs: Sequence[Any]) -> list[str]:
+    """A note for each output that says nothing, because no value of it is finite."""
+    return [
+        f"output {index} has no finite value on the example inputs: nothing about it is proved or measured"
+        for index, leaf in enumerate(outputs)
+        if isinstance(leaf, torch.Tensor) and leaf.numel() > 0 and leaf.is_floating_point()
+        if not bool(torch.isfinite(leaf).any())
+    ]
 
 
 def other_sizes(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> list[Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import io
+import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from fxcompress.capture.dynamic import Marks, at_least_two, attempts, export_shapes
-from fxcompress.capture.explain import explain, first_line, user_line
+from fxcompress.capture.explain import explain, first_line, lines_that_fix_sizes, user_line
 from fxcompress.capture.inputs import ExampleInputs, register_dataclasses
 from fxcompress.capture.preserve import preserved
 from fxcompress.errors import PreconditionError
@@ -41,18 +42,20 @@ def export_program(model: nn.Module, inputs: ExampleInputs, marks: Marks, wanted
         CaptureError: data-dependent control flow, a batch size that the model bakes in, an unsupported operation.
         PreconditionError: the model itself does not take these inputs.
     """
+    _refuse_empty(inputs)
     errors: list[Exception] = []
-    for number, attempt in enumerate(attempts(marks, wanted)):
-        try:
-            program = _export(model, at_least_two(inputs, marks), attempt)
-        except Exception as error:  # noqa: BLE001  (tracing runs the user's code: it may raise anything)
-            errors.append(error)
-        else:
-            # Only the first tensor's batch is certain: an input that merely is as long may be fixed.
-            if number == 0 or wanted != "batch" or _first_batch_is_dynamic(program):
-                return program
+    with lines_that_fix_sizes() as fixed_at:
+        for number, attempt in enumerate(attempts(marks, wanted)):
+            try:
+                program = _export(model, at_least_two(inputs, marks), attempt)
+            except Exception as error:  # noqa: BLE001  (tracing runs the user's code: it may raise anything)
+                errors.append(error)
+            else:
+                # Only the first tensor's batch is certain: an input that merely is as long may be fixed.
+                if number == 0 or wanted != "batch" or _first_batch_is_dynamic(program):
+                    return program
     _refuse_unfit(model, inputs)
-    raise explain(errors[0]) from errors[0]
+    raise explain(errors[0], fixed_at) from errors[0]
 
 
 def _export(model: nn.Module, inputs: ExampleInputs, marks: Marks) -> ExportedProgram:
@@ -61,6 +64,7 @@ def _export(model: nn.Module, inputs: ExampleInputs, marks: Marks) -> ExportedPr
         stack.enter_context(preserved(model))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(redirect_stderr(_WithoutGraphs(sys.stderr)))
+        stack.enter_context(_without_guesses())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(KnownShapes())
         stack.enter_context(_DataIsDetached())
@@ -102,6 +106,21 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _without_guesses() -> Iterator[None]:
+    """Without torch's warning that it cannot tell whose code failed: the error that follows tells."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Unable to find user code" not in record.getMessage()
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 class _DataIsDetached(TorchFunctionMode):
     """``x.data`` is what export cannot trace; ``x.detach()`` is the same without gradients."""
 
@@ -126,6 +145,21 @@ def _first_batch_is_dynamic(program: ExportedProgram) -> bool:
     return False
 
 
+def _refuse_empty(inputs: ExampleInputs) -> None:
+    """Of a size of 0 neither a dynamic size nor a proof can be had.
+
+    Raises:
+        PreconditionError: an example input holds no element.
+    """
+    for leaf in inputs.leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.numel() == 0:
+            raise PreconditionError(
+                f"an example input of shape {list(leaf.shape)} is empty",
+                where="example_inputs",
+                remedy="give inputs with at least one element, such as a batch of 2",
+            )
+
+
 def _refuse_unfit(model: nn.Module, inputs: ExampleInputs) -> None:
     """Inputs that the model itself does not take are the reason why it was not captured.
 
@@ -144,13 +178,15 @@ def _refuse_unfit(model: nn.Module, inputs: ExampleInputs) -> None:
 
 
 class _WithoutGraphs(io.TextIOBase):
-    """Standard error without the half-made graph that torch prints when an export fails."""
+    """Standard error without the half-made graph, and the blank lines after it, that torch prints on a failure."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._after_graph = False
 
     def write(self, text: str) -> int:
-        return len(text) if "def forward(self" in text else self._stream.write(text)
+        self._after_graph = "def forward(self" in text or (self._after_graph and text.isspace())
+        return len(text) if self._after_graph else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

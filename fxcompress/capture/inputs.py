@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import PreconditionError
 
-__all__ = ["ExampleInputs", "argument_names", "example_inputs", "in_call_order", "register_dataclasses"]
+__all__ = ["ExampleInputs", "argument_names", "distinct", "example_inputs", "in_call_order", "register_dataclasses"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,25 @@ def in_call_order(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
     order = [name for name in bound.arguments if name in inputs.kwargs]
     order += [name for name in inputs.kwargs if name not in order]  # what **kwargs takes
     return ExampleInputs(inputs.args, {name: inputs.kwargs[name] for name in order})
+
+
+def distinct(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
+    """The same call in which every tensor is an object of its own, and none is a weight of the model.
+
+    ``torch.export`` knows tensors by identity: of ``model(x, x)`` it would make a graph that reads the second input
+    twice and the first one never.
+    """
+    seen = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+
+    def own(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            if id(leaf) in seen:
+                leaf = leaf.detach().clone().requires_grad_(leaf.requires_grad)
+            seen.add(id(leaf))
+        return leaf
+
+    args, kwargs = pytree.tree_map(own, (inputs.args, inputs.kwargs))
+    return ExampleInputs(args, kwargs)
 
 
 def argument_names(model: nn.Module, inputs: ExampleInputs) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a graph is called: as the user's model was, with the nesting and the constants that it was captured with."""
+"""How a graph is called: as the user's model was, with the nesting, constants and fixed sizes of its capture."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ __all__ = ["CallCodeGen"]
 class CallCodeGen(_PyTreeCodeGen):
     """Generates a ``forward`` that takes and returns what the user's model did.
 
-    Torch's own lets a longer list or further keys of a dict pass unseen, and an argument that capture made part of the
-    graph (``None``, a number) be anything. Here both are refused.
+    Torch's own lets a longer list or further keys of a dict pass unseen, an argument that capture made part of the
+    graph (``None``, a number) be anything, and a tensor have any size, though the graph computes with the sizes that
+    it was captured with: ``x.sum(2) / x.shape[2]`` would divide by another length. Here all of these are refused.
     """
 
     def __init__(self, names: Sequence[str], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> None:
@@ -41,16 +42,54 @@ def _flatten_call(graph_module: fx.GraphModule, call: Any, spec: pytree.TreeSpec
         raise _not_nested(spec, error) from error
     if len(pytree.tree_leaves(call)) != len(leaves):
         raise _not_nested(spec, f"{len(pytree.tree_leaves(call))} values instead of {len(leaves)}")
+    sizes: dict[Any, int] = {}  # of each symbol, in this call
     for node, leaf in zip(graph_module.graph.find_nodes(op="placeholder"), leaves, strict=True):
-        if "val" in node.meta and not isinstance(node.meta["val"], (torch.Tensor, torch.SymInt)):
-            fixed = node.meta["val"]
-            if type(leaf) is not type(fixed) or (leaf != fixed and fixed == fixed):
-                raise PreconditionError(
-                    f"the model was captured with {node.name} = {fixed!r}, which is part of the graph; "
-                    f"this call gives {leaf if not isinstance(leaf, torch.Tensor) else 'a tensor'!r}",
-                    remedy="capture the model again with that value, or as a tensor if it shall vary",
-                )
+        if "val" not in node.meta:
+            continue  # captured without example inputs
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            if isinstance(leaf, torch.Tensor):
+                _check_sizes(graph_module, node.name, value, leaf, sizes)
+        elif not isinstance(value, torch.SymInt) and (type(leaf) is not type(value) or _differ(leaf, value)):
+            raise PreconditionError(
+                f"the model was captured with {node.name} = {value!r}, which is part of the graph; "
+                f"this call gives {leaf if not isinstance(leaf, torch.Tensor) else 'a tensor'!r}",
+                remedy="capture the model again with that value, or as a tensor if it shall vary",
+            )
     return leaves
+
+
+def _differ(given: Any, fixed: Any) -> bool:
+    return bool(given != fixed and fixed == fixed)  # NaN is itself here
+
+
+def _check_sizes(
+    graph_module: fx.GraphModule, name: str, captured: torch.Tensor, given: torch.Tensor, sizes: dict[Any, int]
+) -> None:
+    """Refuse a tensor whose fixed sizes differ, or whose sizes of one name do; ``sizes`` collects the symbols'."""
+    expected = captured.shape
+    if len(expected) != given.dim():
+        raise _of_another_size(graph_module, name, expected, given, "the number of dims differs")
+    for dim, (wanted, size) in enumerate(zip(expected, given.shape, strict=True)):
+        if not isinstance(wanted, torch.SymInt):
+            if size != wanted:
+                raise _of_another_size(graph_module, name, expected, given, f"dim {dim} is fixed")
+        elif wanted.node.expr.is_symbol and sizes.setdefault(wanted.node.expr, size) != size:
+            reason = f"what is equal in dim {dim} and in another input must be equal in a call"
+            raise _of_another_size(graph_module, name, expected, given, reason)
+
+
+def _of_another_size(
+    graph_module: fx.GraphModule, name: str, expected: torch.Size, given: torch.Tensor, reason: str
+) -> PreconditionError:
+    names = graph_module.meta["fxcompress"].dim_names
+    shape = ", ".join(names.get(str(size), str(size)) for size in expected)
+    return PreconditionError(
+        f"the model was captured with {name} of shape [{shape}], this call gives {list(given.shape)}: {reason}",
+        where=f"input {name!r}",
+        remedy="give inputs of that shape, or compile again and name the sizes that vary: "
+        "dynamic_shapes={'x': {0: 'batch', 2: 'height'}}",
+    )
 
 
 def _not_nested(spec: pytree.TreeSpec, reason: object) -> PreconditionError:

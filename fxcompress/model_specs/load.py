@@ -212,6 +212,8 @@ def _unknown(spec: str, path: Path, prefix: str) -> OptionError:
             where="MODEL",
             remedy=f"did you mean torchvision:{spec} or timm:{spec}? known forms: {SPEC_FORMS}",
         )
+    elif path.is_file():
+        return OptionError("this file holds no model", where=spec, remedy=f"known forms: {SPEC_FORMS}")
     elif path.suffix or len(path.parts) > 1:
         return OptionError("there is no such file or directory", where=spec, remedy=similar_file(path))
     return OptionError(f"{spec!r} names no model", where="MODEL", remedy=f"known forms: {SPEC_FORMS}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from fxcompress.options import check_types
+from fxcompress.options import Options, check_types
 
 __all__ = ["Numerics", "Pass", "PassContext", "PassResult", "Rewrite", "Skip"]
 
@@ -103,7 +103,7 @@ class PassContext:
 
 
 @dataclass(frozen=True)
-class Pass(ABC):
+class Pass(Options, ABC):
     """Base of all passes: a frozen dataclass whose fields are its options, validated in ``__post_init__``.
 
     ``run`` gets a working copy of the graph that it may edit (only through

@@ -56,8 +56,12 @@ def resolve_passes(passes: Sequence[Pass | str] | Pass | str | None) -> tuple[Pa
         return ()
     if isinstance(passes, (Pass, str)):
         passes = [passes]
-    if not isinstance(passes, Iterable):
-        raise OptionError(f"passes is a {type(passes).__name__}", remedy="give a list of passes")
+    if not isinstance(passes, Iterable) or isinstance(passes, Mapping):
+        raise OptionError(
+            f"passes is a {type(passes).__name__}",
+            where="passes",
+            remedy="give a list of passes: [FuseModules(), 'prune_channels(ratio=0.5)']",
+        )
     resolved: list[Pass] = []
     for index, item in enumerate(passes):
         if isinstance(item, Pass):
@@ -99,6 +103,12 @@ def as_pass(item: Any, load: Callable[[str], Any] | None = None) -> Pass:
             remedy="begin each pass on a line of its own: - prune_channels: {ratio: 0.5}",
         )
     [(name, options)] = item.items()
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
+        raise OptionError(
+            f"the options of {name!r} are {options!r}, which names none",
+            where=f"passes: {name}",
+            remedy=f"name each option: - {name}: {{OPTION: {options!r}}}; `fxcompress passes` lists them",
+        )
     return make_pass(pass_class(str(name)), _loaded(dict(options or {}), load))
 
 
@@ -134,6 +144,17 @@ def make_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:
             raise OptionError(
                 f"the pass {cls.name!r} has no option {option!r}", where=cls.name, remedy=nearest(option, fields)
             )
+    missing = [
+        name
+        for name, item in fields.items()
+        if name not in options and item.default is item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise OptionError(
+            f"the pass {cls.name!r} needs the option {missing[0]!r}",
+            where=cls.name,
+            remedy=f"give it: {cls.name}({missing[0]}=…); in text and recipes, data are of the form file.py:name",
+        )
     values = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
     try:
         return cls(**values)

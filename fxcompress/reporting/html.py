@@ -38,7 +38,7 @@ def render_html(report: Report) -> str:
     except ImportError as error:
         raise PreconditionError(
             "the HTML report needs Jinja2, which is not installed",
-            remedy="pip install fxcompress[report], or save the report as .json",
+            remedy="pip install 'fxcompress[report]', or save the report as .json",
         ) from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

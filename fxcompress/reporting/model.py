@@ -115,7 +115,9 @@ class Report:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             raise PreconditionError(
-                f"the report is damaged: {first['msg']}", where=".".join(map(str, first["loc"]))
+                f"the report is damaged: {first['msg']}",
+                where=".".join(map(str, first["loc"])),
+                remedy="write it again with compile --report or Report.save()",
             ) from error
         for item in report.passes:
             item.rewrites = [dataclasses.replace(site, detail=from_json(dict(site.detail))) for site in item.rewrites]
@@ -153,7 +155,11 @@ class Report:
         try:
             told = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise PreconditionError(f"the report cannot be read: {error}", where=str(path)) from error
+            raise PreconditionError(
+                f"the report cannot be read: {error}",
+                where=str(path),
+                remedy="give the .json file that compile --report or Report.save() wrote",
+            ) from error
         return cls.from_dict(told)
 
     def __str__(self) -> str:

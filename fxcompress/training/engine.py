@@ -97,7 +97,7 @@ def engine(precision: str, device: str) -> Iterator[Engine]:
         from accelerate.state import AcceleratorState, GradientState
     except ImportError as error:
         raise PreconditionError(
-            "training needs Accelerate, which is not installed", remedy="pip install fxcompress[train]"
+            "training needs Accelerate, which is not installed", remedy="pip install 'fxcompress[train]'"
         ) from error
     # Its state is one per process and would refuse a second precision.
     kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]

@@ -238,7 +238,7 @@ def test_tied_weights_stay_one_parameter(transposed: bool) -> None:
     assert len(list(graph.parameters())) == 1
     assert list(graph.state_dict()) == list(model.state_dict())
     # One step moves both uses.
-    graph(torch.tensor([[1, 2]])).sum().backward()
+    graph(torch.tensor([[1, 2, 3, 4, 5]])).sum().backward()
     (parameter,) = graph.parameters()
     torch.optim.SGD([parameter], lr=1.0).step()
     assert torch.equal(graph.embedding.weight, parameter)
