@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -62,11 +62,10 @@ class TorchExport(Backend):
         for node in program.graph.nodes:  # source lines name folders of this machine
             node.meta = {key: value for key, value in node.meta.items() if key == "val"}
         program._guards_code = []  # Python code; the engine checks its inputs itself
-        with (directory / MODEL_FILE).open("wb") as file:
-            patient = _Patient(file)
-            torch.export.save(program, patient)  # type: ignore[arg-type]
-        if patient.error is not None:
-            raise patient.error
+        with _Patient(io.FileIO(directory / MODEL_FILE, "w")) as file:
+            torch.export.save(program, file)
+            if file.error is not None:
+                raise file.error
 
     @classmethod
     def load(
@@ -85,26 +84,25 @@ class TorchExport(Backend):
         return type(self).load(path, manifest, trust_native_code=True)
 
 
-class _Patient(io.RawIOBase):
-    """A file whose first failure is kept for later: one that torch's writer meets, on a full disk say, aborts Python."""
+class _Patient(io.BufferedWriter):
+    """A file that keeps its first failure: one that torch's writer meets, on a full disk say, aborts Python."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self.error: OSError | None = None
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
         if self.error is None:
             try:
-                self._file.write(data)
+                return super().write(data)
             except OSError as error:
                 self.error = error
-        return size
+        return memoryview(data).nbytes
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(offset, whence) if self.error is None else offset
 
     def flush(self) -> None:
         if self.error is None:
-            self._file.flush()
+            super().flush()
 
 
 class TorchExportEngine(Engine):
