@@ -34,7 +34,7 @@ from fxcompress.errors import OptionError, PreconditionError, nearest
 from fxcompress.model_specs import load_value, parse_inputs
 from fxcompress.options import parse_options
 from fxcompress.passes.base import Pass
-from fxcompress.passes.registry import as_pass
+from fxcompress.passes.registry import as_pass, pass_form
 
 __all__ = ["Recipe", "dynamic_shapes_of", "read_recipe"]
 
@@ -177,7 +177,7 @@ def read_recipe(path: Path) -> Recipe:
         if key not in Recipe.model_fields:
             raise OptionError(f"unknown key {key!r}", where=str(path), remedy=nearest(str(key), Recipe.model_fields))
     try:
-        return Recipe.model_validate(dict(told))
+        recipe = Recipe.model_validate(dict(told))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
@@ -186,6 +186,10 @@ def read_recipe(path: Path) -> Recipe:
             where=str(path),
             remedy="see docs/cli.md for the keys and their forms",
         ) from error
+    for item in recipe.passes:
+        if not isinstance(item, str):
+            pass_form(item)
+    return recipe
 
 
 def dynamic_shapes_of(dynamic: bool | None, shapes: str | None) -> Any:

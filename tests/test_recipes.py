@@ -92,7 +92,7 @@ def test_a_list_is_an_option_typed_with_commas() -> None:
         ("modle: x", OptionError, "did you mean 'model'"),
         ("verify: maybe", OptionError, "'verify'"),
         ("passes: fuse_modules", OptionError, "'passes'"),
-        ("passes: [{fuse_modules: 3}]", OptionError, "'passes'"),
+        ("passes: [{fuse_modules: 3}]", OptionError, "passes: fuse_modules"),
     ],
 )
 def test_malformed(text: str, error: type[FxCompressError], message: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from fxcompress.errors import OptionError, nearest
 from fxcompress.passes.base import Pass
 
-__all__ = ["as_pass", "make_pass", "parse_pass", "pass_class", "pass_names", "resolve_passes"]
+__all__ = ["as_pass", "make_pass", "parse_pass", "pass_class", "pass_form", "pass_names", "resolve_passes"]
 
 _BUILT_IN = {
     "calibrate": "fxcompress.passes.calibrate:Calibrate",
@@ -94,6 +94,16 @@ def as_pass(item: Any, load: Callable[[str], Any] | None = None) -> Pass:
         return item
     if isinstance(item, str):
         return parse_pass(item, load)
+    name, options = pass_form(item)
+    return make_pass(pass_class(name), _loaded(options, load))
+
+
+def pass_form(item: Any) -> tuple[str, dict[str, Any]]:
+    """Name and options of ``{name: {option: value}}``.
+
+    Raises:
+        OptionError: it has another form.
+    """
     if not isinstance(item, Mapping):
         raise OptionError(f"{item!r} is no pass", remedy="give a pass, its name, or {name: {option: value}}")
     if len(item) != 1:
@@ -109,7 +119,7 @@ def as_pass(item: Any, load: Callable[[str], Any] | None = None) -> Pass:
             where=f"passes: {name}",
             remedy=f"name each option: - {name}: {{OPTION: {options!r}}}; `fxcompress passes` lists them",
         )
-    return make_pass(pass_class(str(name)), _loaded(dict(options or {}), load))
+    return str(name), dict(options or {})
 
 
 def _loaded(value: Any, load: Callable[[str], Any] | None) -> Any:
