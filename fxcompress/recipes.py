@@ -187,8 +187,12 @@ def read_recipe(path: Path) -> Recipe:
             remedy="see docs/cli.md for the keys and their forms",
         ) from error
     for item in recipe.passes:
-        if not isinstance(item, str):
+        if isinstance(item, str):
+            continue
+        try:
             pass_form(item)
+        except OptionError as error:
+            raise OptionError(error.problem, where=f"{path}: {error.where}", remedy=error.remedy) from None
     return recipe
 
 
