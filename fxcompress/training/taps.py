@@ -51,9 +51,9 @@ def tapped(model: nn.Module, names: Iterable[str]) -> Iterator[Mapping[str, torc
         with _in_graph(model, wanted, store):
             yield store
         return
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
     for name in wanted:
-        if name not in modules or not name:
+        if name not in modules:
             raise OptionError(f"the teacher has no module {name!r}", where="features", remedy=nearest(name, modules))
     handles = [
         modules[name].register_forward_hook(lambda _, __, value, name=name: _keep(store, name, value))

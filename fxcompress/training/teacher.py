@@ -68,5 +68,24 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Its outputs; ``features`` are then those of this run."""
-        return self.model(*args, **kwargs)
+        """Its outputs; ``features`` are then those of this run.
+
+        Raises:
+            PreconditionError: it cannot be called as the student is, or a named layer did not give a tensor.
+        """
+        try:
+            outputs = self.model(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            raise PreconditionError(
+                f"the teacher ({type(self.model).__name__}) cannot be called with the inputs of the student: {error}",
+                where="teacher",
+                remedy="give a teacher that takes the same inputs, or wrap it in a module that makes its own of them",
+            ) from error
+        silent = [name for name in self.names if name not in self.features]
+        if silent:
+            raise PreconditionError(
+                f"the teacher's module {silent[0]!r} gave no tensor in a run of the teacher",
+                where="features",
+                remedy="name modules that are called and return a tensor",
+            )
+        return outputs

@@ -194,6 +194,32 @@ def test_outputs_that_do_not_match() -> None:
         distil(convnet(8, 1, classes=4))
 
 
+def test_a_teacher_of_other_inputs() -> None:
+    with pytest.raises(PreconditionError, match="cannot be called with the inputs of the student"):
+        distil(nn.Linear(7, 3).eval())
+
+
+class Idle(nn.Module):
+    """Its second layer is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = convnet(4, 1), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_a_feature_of_a_layer_that_does_not_run() -> None:
+    with pytest.raises(PreconditionError, match="'unused' gave no tensor"):
+        distil(Idle().eval(), features={"0": "unused"})
+
+
+def test_the_whole_teacher_is_no_name_of_a_layer() -> None:
+    with pytest.raises(OptionError, match="known: 0,"):
+        distil(convnet(8, 1), features={"0": "zzz"})
+
+
 @pytest.mark.parametrize("teacher", [None, "resnet", convnet(4, 1).train()], ids=["none", "text", "training"])
 def test_what_is_no_teacher(teacher: Any) -> None:
     with pytest.raises((OptionError, PreconditionError), match="teacher"):
