@@ -3,8 +3,8 @@
 Ours starts from half of the teacher's blocks, with its weights; the stem halves the image, so that every layer behind
 it has a quarter of the pixels that the teacher's stem has. `PruneChannels` takes widths to multiples of 16, `Distill`
 wins back, `FuseModules` and `Quantize` follow (the first convolution stays in float: with one input channel its integer
-kernel is the slower one), `TrainQuantized` last. Peers: the teacher without channels by Torch-Pruning, global, l2, to at
-most our multiply-accumulates; the same distillation; ONNX Runtime's `quantize_static`. All are measured against the
+kernel is the slower one), `TrainQuantized` last. Peers: the teacher without channels by Torch-Pruning, global, l2, to
+at most our multiply-accumulates; the same distillation; ONNX Runtime's `quantize_static`. All are measured against the
 float32 teacher in one run: file, accuracy of the engine on the test images, latency.
 
     python -m benchmarks.fashion_mnist.compress --train-only     # trains what has no checkpoint yet
@@ -100,7 +100,7 @@ class Stages:
 
     def peer(self, budget: int) -> nn.Module:
         """Torch-Pruning's network with at most that many multiply-accumulates, distilled by the same loop."""
-        setting = Setting("global", 0, 1, INPUTS[0], [])
+        setting = Setting("global", INPUTS[0], [])
         return self._distilled("peer", prune_theirs(trained(), budget, setting, Method("Torch-Pruning")).eval())
 
     def _distilled(self, name: str, model: nn.Module) -> nn.Module:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from fxcompress.errors import OptionError, PreconditionError
@@ -38,11 +37,15 @@ class TrainQuantized(TrainingOptions, Pass):
     """Train through the stubs of ``Quantize``, rounding as the engine does; gradients pass straight through.
 
     Run ``FuseModules`` and ``Quantize`` before it. The result lowers to the same integer engine as without training:
-    weights end on their grids, and grids are plain numbers again.
+    weights end on their grids, and grids are plain numbers again. The graph is near its best already, so the rate is
+    low and rises from 0: Adam's first steps are as long as all others, whatever the gradient.
 
     Attributes:
         loader: batches: what the model takes, with labels, or without where ``alpha`` is 1.
-        grids: ``learned`` trains the scales (LSQ, Esser et al. 2020), ``observed`` lets them follow the values.
+        lr: learning rate of weights, and relative one of learned scales.
+        warmup: as of ``FineTune``.
+        grids: ``learned`` trains the scales (LSQ, Esser et al. 2020; relative to their size, as in TQT, Jain et al.
+            2020), ``observed`` lets them follow the values.
         freeze_grids: share of the run after which grids stand still; by default 1 if learned, 0.5 if observed.
         freeze_norms: share after which the batch norms that are left keep their statistics.
         reestimate: batches on which the statistics of these norms are taken anew at the end; 0 leaves them.
@@ -57,6 +60,8 @@ class TrainQuantized(TrainingOptions, Pass):
     name: ClassVar[str] = "train_quantized"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     loader: Iterable[Any]
+    lr: float = field(default=1e-4, kw_only=True)
+    warmup: float = field(default=0.1, kw_only=True)
     grids: Literal["learned", "observed"] = field(default="learned", kw_only=True)
     freeze_grids: float | None = field(default=None, kw_only=True)
     freeze_norms: float = field(default=0.5, kw_only=True)
@@ -101,7 +106,6 @@ class TrainQuantized(TrainingOptions, Pass):
             self.grids,
             freeze_grids=(1.0 if self.grids == "learned" else 0.5) if self.freeze_grids is None else self.freeze_grids,
             freeze_norms=self.freeze_norms,
-            rate=self._rate,
         )
         hooks = (*context.hooks, rounded)
         with ExitStack() as stack:
@@ -142,10 +146,6 @@ class TrainQuantized(TrainingOptions, Pass):
     def _set_up(self, graph_module: fx.GraphModule) -> None:
         """Scales of this graph's own, which train where they are to."""
         for stub in quantizers_of(graph_module).values():
-            stub.scale = stub.scale.detach().clone()
+            stub.scale = stub.scale.clone()
             if self.grids == "learned":
                 stub.learn()
-
-    def _rate(self, scale: torch.Tensor) -> float:
-        """Adam moves a parameter by the rate whatever its gradient: for a scale, a share of its size."""
-        return self.lr * float(scale.abs().mean()) if self.optimizer in ("adam", "adamw") else self.lr

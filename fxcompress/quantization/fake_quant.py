@@ -1,7 +1,10 @@
 """The stub that stands for quantize and dequantize: it rounds to an integer grid and stays in floating point.
 
 In eval mode it computes what the two ONNX operators do. In training it lets gradients through (straight-through
-estimator, Bengio et al. 2013), to the scale as well where that is learned (LSQ, Esser et al. 2020).
+estimator, Bengio et al. 2013), to the scale as well where that is learned (LSQ, Esser et al. 2020). What trains is not
+the scale but a factor of it that starts at 1, so that a step of the optimizer is a share of the scale, however small
+that is, as in the logarithmic domain of TQT (Jain et al. 2020): scales of the channels of one layer differ by orders of
+magnitude once norms are folded into it.
 """
 
 from __future__ import annotations
@@ -44,11 +47,13 @@ class Quantizer(nn.Module):
     Attributes:
         scale: float32, a scalar or ``[channels]``.
         zero_point: int32, of the same shape.
+        gain: what the scale is multiplied by, of its shape, a parameter; None unless the scale is learned.
         enabled: whether it rounds; calibration switches it on.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    gain: nn.Parameter | None
 
     def __init__(self, kind: QuantType, axis: int | None = None, channels: int | None = None) -> None:
         super().__init__()
@@ -56,6 +61,7 @@ class Quantizer(nn.Module):
         shape = () if axis is None else (int(channels or 1),)
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_parameter("gain", None)
 
     def set(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         """Switch it on with these; shapes as in the attributes.
@@ -70,18 +76,23 @@ class Quantizer(nn.Module):
         self.enabled = True
 
     def learn(self) -> None:
-        """Make the scale a parameter that training adjusts."""
-        scale = self.scale
-        if not isinstance(scale, nn.Parameter):
-            del self._buffers["scale"]
-            self.register_parameter("scale", nn.Parameter(scale.clone()))
+        """Let training adjust the scale: by its gain, which :meth:`absorb` takes in."""
+        if self.gain is None:
+            self.gain = nn.Parameter(torch.ones_like(self.scale))
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Take the gain into the scale, within a factor of two, and start from 1 again."""
+        if self.gain is not None:
+            self.scale.mul_(self.gain.clamp(0.5, 2.0))
+            self.gain.fill_(1.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` on the grid; any shape, floating point."""
         if not self.enabled:
             return x
         low, high = self.kind.minimum, self.kind.maximum
-        trains = torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad)
+        trains = torch.is_grad_enabled() and (x.requires_grad or self.gain is not None)
         if trains or type(x) not in (torch.Tensor, nn.Parameter):  # fake tensors have no kernel with a tensor as scale
             return self._differentiable(x)
         if self.axis is None:
@@ -102,10 +113,8 @@ class Quantizer(nn.Module):
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero = self._shaped(x)
-        scale = scale.abs().clamp_min(torch.finfo(torch.float32).tiny * 2**8)
-        if self.scale.requires_grad:  # LSQ's step size for the scale, so that it moves as the weights do
-            factor = (x.numel() / self.scale.numel() * self.kind.maximum) ** -0.5
-            scale = (scale - scale * factor).detach() + scale * factor
+        if self.gain is not None:
+            scale = scale * self.gain.reshape(scale.shape)
         place = x.float() / scale + zero  # half precision cannot tell 256 values apart
         clipped = place.clamp(self.kind.minimum, self.kind.maximum)
         rounded = clipped + (clipped.round() - clipped).detach()
@@ -164,7 +173,7 @@ def quantizer_config(quantizer: Quantizer) -> dict[str, Any]:
         "axis": quantizer.axis,
         "channels": quantizer.scale.numel(),
         "enabled": quantizer.enabled,
-        "learned": isinstance(quantizer.scale, nn.Parameter),
+        "learned": quantizer.gain is not None,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import fx
 
 from fxcompress.training.history import History
 
-__all__ = ["Hook", "ParameterGroup", "Run"]
+__all__ = ["Hook", "Run"]
 
 
 @dataclass
@@ -45,25 +45,10 @@ class Run:
     history: History = field(default_factory=History)
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that train in their own way; all others train as the options say.
-
-    Attributes:
-        names: of ``graph_module.named_parameters()``.
-        lr: its largest learning rate; the schedule's factor applies to it too.
-        weight_decay: of the group.
-    """
-
-    names: Sequence[str]
-    lr: float
-    weight_decay: float = 0.0
-
-
 class Hook:
     """Base of hooks: every method may be left out. The order of a run is ::
 
-        parameter_groups, load_state (when it resumes), start,
+        load_state (when it resumes), start,
         then at every step  before_step, forward, backward, optimizer, after_step,
         at the end of every epoch  after_epoch (before the metric is measured),
         finish
@@ -74,10 +59,6 @@ class Hook:
 
     name = "hook"
     """Under which its state is saved; unique within a run."""
-
-    def parameter_groups(self, graph_module: fx.GraphModule) -> Sequence[ParameterGroup]:
-        """Parameters with a learning rate of their own."""
-        return ()
 
     def start(self, run: Run) -> None:
         """Before the first step, the graph in train mode; ``run.step`` is above 0 when the run resumes."""

@@ -107,8 +107,7 @@ class _Session:
         graph_module.eval()
         objective.start(self._first_batch, engine.device, options.seed)
         objective.to(engine.device)
-        groups = [group for hook in self.hooks for group in hook.parameter_groups(graph_module)]
-        optimizer = make_optimizer(graph_module, objective, options, groups)
+        optimizer = make_optimizer(graph_module, objective, options)
         self.run = Run(graph_module, optimizer, total, engine.device, main=engine.main)
         self.run.history.metric = self.validation.name
         self.average = Average(graph_module, options.ema) if options.ema is not None else None

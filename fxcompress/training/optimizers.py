@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxcompress.errors import OptionError, PreconditionError, nearest
-from fxcompress.training.hooks import ParameterGroup
+from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.training.options import TrainingOptions
 from fxcompress.training.schedules import Schedule
 
@@ -17,24 +15,16 @@ __all__ = ["make_optimizer", "set_rates"]
 
 
 def make_optimizer(
-    graph_module: fx.GraphModule, objective: nn.Module, options: TrainingOptions, own: Iterable[ParameterGroup]
+    graph_module: fx.GraphModule, objective: nn.Module, options: TrainingOptions
 ) -> torch.optim.Optimizer:
-    """Groups: what decays, what does not (norms, biases, scalars), the groups of hooks. Frozen parameters stay out.
+    """Groups: what decays, and what does not (norms, biases, scalars). Frozen parameters stay out.
 
     Raises:
         PreconditionError: nothing trains, or a weight is float16, whose updates would be lost.
-        OptionError: a group names a parameter that is not there.
+        OptionError: the optimizer function returns no optimizer.
     """
     named = dict(graph_module.named_parameters())
-    groups: list[dict[str, Any]] = []
-    taken: set[str] = set()
-    for group in own:
-        for name in group.names:
-            if name not in named:
-                raise OptionError(f"there is no parameter {name!r}", where="groups", remedy=nearest(name, named))
-        taken.update(group.names)
-        groups.append(_group([named[name] for name in group.names], group.lr, group.weight_decay))
-    rest = {name: p for name, p in named.items() if name not in taken and p.requires_grad and p.is_floating_point()}
+    rest = {name: p for name, p in named.items() if p.requires_grad and p.is_floating_point()}
     halves = [name for name, parameter in rest.items() if parameter.dtype == torch.float16]
     if halves:
         raise PreconditionError(
@@ -45,7 +35,7 @@ def make_optimizer(
     rest |= {f"objective.{name}": parameter for name, parameter in objective.named_parameters()}
     matrices = [parameter for parameter in rest.values() if parameter.dim() > 1]
     vectors = [parameter for parameter in rest.values() if parameter.dim() <= 1]
-    groups = [_group(matrices, options.lr, options.weight_decay), _group(vectors, options.lr, 0.0), *groups]
+    groups = [_group(matrices, options.lr, options.weight_decay), _group(vectors, options.lr, 0.0)]
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise PreconditionError(

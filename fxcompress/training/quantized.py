@@ -1,12 +1,12 @@
 """Training of a graph with quantization stubs: grids that learn or follow, then stand still; norms that stop.
 
-Learned grids are those of LSQ (Esser et al. 2020): the scale is a parameter, its zero point stays. Observed ones
+Learned grids are those of LSQ (Esser et al. 2020): the scale trains, its zero point stays. Observed ones
 (Jacob et al. 2018) follow the values: of a weight its range at every step, of an activation an average over batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.observers import weight_range
 from fxcompress.quantization.types import parameters_of_range
-from fxcompress.training.hooks import Hook, ParameterGroup, Run
+from fxcompress.training.hooks import Hook, Run
 
 __all__ = ["QuantizedTraining", "norms_of", "quantized_layers", "quantizers_of", "reestimate_norms", "settle"]
 
@@ -51,31 +51,16 @@ class QuantizedTraining(Hook):
         grids: ``learned`` or ``observed``.
         freeze_grids: share of the run after which they stand still.
         freeze_norms: share after which batch norms keep their statistics.
-        rate: learning rate of a scale, from the scale.
     """
 
     name = "quantized_training"
 
-    def __init__(
-        self,
-        grids: Literal["learned", "observed"],
-        *,
-        freeze_grids: float,
-        freeze_norms: float,
-        rate: Callable[[torch.Tensor], float],
-    ) -> None:
-        self._grids, self._freeze_grids, self._freeze_norms, self._rate = grids, freeze_grids, freeze_norms, rate
+    def __init__(self, grids: Literal["learned", "observed"], *, freeze_grids: float, freeze_norms: float) -> None:
+        self._grids, self._freeze_grids, self._freeze_norms = grids, freeze_grids, freeze_norms
         self._handles: list[Any] = []
         self._observing = False
         self._norms_frozen = False
-        self._frozen: dict[str, torch.Tensor] | None = None
-
-    def parameter_groups(self, graph_module: fx.GraphModule) -> Sequence[ParameterGroup]:
-        """Every learned scale, at a rate of its own."""
-        if self._grids != "learned":
-            return ()
-        stubs = quantizers_of(graph_module).items()
-        return [ParameterGroup([f"{path}.scale"], self._rate(stub.scale.detach())) for path, stub in stubs]
+        self._grids_frozen = False
 
     def start(self, run: Run) -> None:
         """Begin to watch; a run that resumes is where it was."""
@@ -92,27 +77,23 @@ class QuantizedTraining(Hook):
             self._norms_frozen = True
             for norm in norms_of(run.graph_module).values():
                 norm.eval()
-        frozen = self._done(run, self._freeze_grids)
-        if self._grids == "observed":
-            self._observing = not frozen
-            if not frozen:
-                for layer in quantized_layers(run.graph_module).values():
-                    stub = layer.weight_quantizer
-                    low, high = weight_range(layer.weight.detach(), stub.axis, stub.kind, "minmax")
-                    stub.set(*parameters_of_range(low, high, stub.kind))
-        elif frozen and self._frozen is None:
-            self._frozen = {path: stub.scale.detach().clone() for path, stub in quantizers_of(run.graph_module).items()}
+        self._grids_frozen = self._done(run, self._freeze_grids)
+        self._observing = self._grids == "observed" and not self._grids_frozen
+        if self._observing:
+            for layer in quantized_layers(run.graph_module).values():
+                stub = layer.weight_quantizer
+                low, high = weight_range(layer.weight.detach(), stub.axis, stub.kind, "minmax")
+                stub.set(*parameters_of_range(low, high, stub.kind))
 
+    @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        """A frozen scale is what it was, whatever momentum says; one that learns stays above 0."""
-        if self._grids != "learned":
-            return
-        with torch.no_grad():
-            for path, stub in quantizers_of(run.graph_module).items():
-                if self._frozen is not None:
-                    stub.scale.copy_(self._frozen[path])
-                else:
-                    stub.scale.abs_()
+        """Scales take in what was learned of them; frozen ones are what they were, whatever momentum says."""
+        for stub in quantizers_of(run.graph_module).values():
+            if stub.gain is None:
+                continue
+            if self._grids_frozen:
+                stub.gain.fill_(1.0)
+            stub.absorb()
 
     def finish(self, run: Run) -> None:
         """Stop watching."""
@@ -147,11 +128,8 @@ def settle(graph_module: fx.GraphModule) -> dict[str, nn.Parameter]:
         path of a weight → the weight on its grid, float32.
     """
     for stub in quantizers_of(graph_module).values():
-        if isinstance(stub.scale, nn.Parameter):
-            scale = stub.scale.detach().clone()
-            del stub._parameters["scale"]
-            stub.register_buffer("scale", torch.ones_like(scale))
-            stub.set(scale, stub.zero_point)
+        stub.absorb()
+        stub.gain = None
     made: dict[str, nn.Parameter] = {}
     for path, layer in quantized_layers(graph_module).items():
         weight = layer.weight_quantizer(layer.weight.detach())

@@ -69,6 +69,22 @@ def test_learned_grids_move_and_are_plain_numbers_again(model):
     assert all(bool((stub.scale > 0).all()) for stub in after.values())
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_scales_learn_relative_to_their_size(model, optimizer):
+    """A channel with weights of a thousandth has a scale of a thousandth, which no step may throw off."""
+    with torch.no_grad():
+        model.norm1.weight[0] *= 1e-3
+        model.conv2.weight[:, 0] *= 1e3
+    plain = fxc.compile(model, [FuseModules(), Quantize(LOADER)], (X,)).module
+    training = TrainQuantized(LOADER, epochs=3, lr=0.01, optimizer=optimizer, warmup=0.0)
+    before, after = quantizers_of(plain), quantizers_of(compiled(model, training).module)
+    scales = before["conv1.weight_quantizer"].scale
+    assert scales.min() < scales.max() / 100
+    for path, stub in before.items():
+        ratios = after[path].scale / stub.scale
+        assert float(ratios.min()) > 0.6 and float(ratios.max()) < 1.6, path
+
+
 @pytest.mark.parametrize("grids", ["learned", "observed"])
 def test_frozen_grids_stand_still(model, grids):
     seen = []
