@@ -18,6 +18,7 @@ Loss: TypeAlias = Callable[[Any, Any], Any]
 """``(outputs, batch) -> scalar``; the batch as the loader gave it."""
 
 functional = nn.functional
+_NO_LABEL = -100  # marks tokens and pixels that are no targets, as in torch.nn.CrossEntropyLoss
 _LABELS = ("labels", "label", "targets", "target", "y")
 
 
@@ -114,7 +115,9 @@ def _cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         raise ValueError("one label for each row of logits is needed")
     if logits.dim() > 2:
         logits, labels = logits.flatten(0, -2), labels.flatten()
-    return functional.cross_entropy(logits, labels)
+    # A mean that is 0, not NaN, where no label of the batch counts.
+    counted = (labels != _NO_LABEL).sum().clamp_min(1)
+    return functional.cross_entropy(logits, labels, ignore_index=_NO_LABEL, reduction="sum") / counted
 
 
 def _same_shape(function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -124,6 +124,12 @@ def test_tokens_without_label_do_not_count() -> None:
     assert found == near(expected)
 
 
+def test_a_batch_without_any_label_costs_nothing() -> None:
+    student, teacher = Tokens(6, 0).eval(), Tokens(9, 1).eval()
+    ids, labels = torch.zeros(2, 4, dtype=torch.int64), torch.full((2, 4), -100)
+    assert value(student, [teacher], {"ids": ids, "labels": labels}, {"ids": ids}) == 0.0
+
+
 def test_classes_of_pixels() -> None:
     student, teacher = Segmenter(0).eval(), Segmenter(1).eval()
     s, t = student(IMAGES).movedim(1, -1), teacher(IMAGES).movedim(1, -1)
