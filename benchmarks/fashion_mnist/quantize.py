@@ -69,8 +69,9 @@ def run(images: int | None, chosen: Sequence[str] | None, known: Sequence[Row] =
     data = list(normalize(train.images[:CALIBRATION]).split(BATCH))
     rows: list[Row] = []
     for name, passes in methods(data, train).items():
-        if chosen and name not in chosen and name != "float32":
-            rows += [row for row in known if row["method"] == name]
+        held = [row for row in known if row["method"] == name]
+        if chosen and name not in chosen and (held or name != "float32"):
+            rows += held
             continue
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
