@@ -13,7 +13,7 @@ from fxcompress.analysis.statistics import Moments
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
-from fxcompress.passes.low_rank.account import costs, errors, macs_of
+from fxcompress.passes.low_rank.account import costs, errors, lost_mean, macs_of
 from fxcompress.passes.low_rank.data import fits, site_metrics, too_wide
 from fxcompress.passes.low_rank.latency import latency_of
 from fxcompress.passes.low_rank.linear_sites import linear_sites, matrix_of, price_of, put_factors, with_bias
@@ -23,7 +23,7 @@ from fxcompress.passes.low_rank.ranks import share_budget
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.sites import Site
 from fxcompress.passes.low_rank.splice import linear
-from fxcompress.passes.low_rank.truncate import Factors, product, spectrum, truncate
+from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
 
 __all__ = ["FactorizeLinear"]
 
@@ -129,7 +129,7 @@ class FactorizeLinear(Pass):
         if self.refit and rewrites:
             assert self.calibration is not None
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
-        note = too_wide([group[0] for group in groups.values()]) if self.calibration is not None else ""
+        note = too_wide([group[0] for group in groups.values()], linear=True) if self.calibration is not None else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     # --- which factors -----------------------------------------------------------------------------------------
@@ -149,13 +149,16 @@ class FactorizeLinear(Pass):
                 centred=[self._centred(group[0]) for group in groups],
                 alpha=self.alpha if self.method == "asvd" else None,
                 held=self.moments_mib << 20,
+                linear=True,
             )
 
         shared: dict[str, int | None] | None = None
         metrics = read()
         if self.scope == "global":
             # Once for the spectra, once for the factors; both from the same moments where they can all be held.
-            if isinstance(self.calibration, Iterator) or fits([g[0] for g in groups], self.moments_mib << 20):
+            if isinstance(self.calibration, Iterator) or fits(
+                [g[0] for g in groups], self.moments_mib << 20, linear=True
+            ):
                 metrics = list(metrics)
             shared = self._shared_out(metrics)
             metrics = metrics if isinstance(metrics, list) else read()
@@ -230,11 +233,10 @@ class FactorizeLinear(Pass):
         inner = made.inner[0]
         shift: torch.Tensor | None = None
         if self._centred(first) and moments is not None:
-            mean = moments.mean[..., None]
-            shift = (product(weight, mean) - product(made.outer, product(made.inner, mean)))[0, :, 0]
+            shift = lost_mean(weight, (made.outer, made.inner), moments, metric)
         norm = float(made.total.sum()) if metric.plain else 0.0
         measured = errors(weight, (made.outer, made.inner), metric, norm=norm)
-        if self._method == "whitened" and metric.moment is not None:
+        if self._method == "whitened" and metric.measures:
             measured["tail"] = made.tail  # what the spectrum says that the loss must be
         rewrites: list[Rewrite] = []
         for site in group:

@@ -69,6 +69,37 @@ def test_on_data_the_loss_equals_the_tail_of_the_spectrum():
         assert rewrite.detail["calibration_rows"] == 300
 
 
+@pytest.mark.parametrize(
+    ("method", "correct_bias"),
+    [("whitened", False), ("whitened", True), ("asvd", False), ("asvd", True), ("svd", True)],
+)
+def test_wide_layers_are_measured_by_their_outputs(method, correct_bias):
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 12)
+    nn.init.constant_(layer.bias, 3.0)
+    conv = nn.Conv2d(40, 12, 1, stride=2, padding=1)
+    x, image = torch.randn(300, 40) * torch.logspace(0, -2, 40) + 0.3, torch.randn(6, 40, 5, 5) + 0.5
+    for model, data in ((nn.Sequential(layer), x), (nn.Sequential(conv), image)):
+        options = {"rank": 4, "method": method, "correct_bias": correct_bias, "calibration": data.split(100)}
+        result = check_pass(model.eval(), (data[:2],), FactorizeLinear(**options), rewrites=["0"])
+        graph_module, detail = result.graph_module, result.rewrites[0].detail
+        with torch.no_grad():
+            error = (graph_module(data) - model(data)).double().movedim(1, -1).flatten(0, -2)
+            whole = (model(data) - model[0].bias.view(-1, *[1] * (data.dim() - 2))).double().movedim(1, -1)
+        assert abs(float(error.square().sum()) / detail["loss"] - 1) < 1e-4
+        if not correct_bias:
+            assert abs(detail["output_error"] ** 2 - detail["loss"] / float(whole.square().sum())) < 1e-6
+        assert float(error.mean(0).abs().max()) < 1e-5 or not correct_bias
+        if method == "whitened":
+            assert abs(detail["tail"] / detail["loss"] - 1) < 1e-4
+            weight = model[0].weight.detach().double().flatten(1)
+            rows = data.double() if data.dim() == 2 else None
+            if rows is not None:
+                rows = rows - rows.mean(0) if correct_bias else rows
+                best = torch.linalg.svdvals(rows @ weight.T)[4:].square().sum()
+                assert abs(float(best) / detail["loss"] - 1) < 1e-4
+
+
 def test_on_data_the_output_is_closer_than_without():
     model, mix = mlp(), torch.randn(24, 24) * torch.logspace(0, -2, 24)
     x, fresh = torch.randn(500, 24) @ mix, torch.randn(200, 24) @ mix

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
-from fxcompress.analysis.statistics.patches import geometry, patches
+from fxcompress.analysis.statistics.patches import geometry, is_conv, patches
 
 __all__ = ["CrossMoment", "CrossMoments", "Moments", "SecondMoment"]
 
 # Rows that are taken into float64 at once: bounds the memory beside the activation itself.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 _LARGE = 512  # features from which on only half of the symmetric sum is computed,
 _BANDS = 4  # in so many bands
 
@@ -63,8 +63,8 @@ class SecondMoment(Statistic):
     """:class:`Moments` of the rows that a layer multiplies by its weights.
 
     Of a convolution's input, rows are the patches under its kernel, in the order of ``weight.flatten(1)``; of a
-    transposed one's, those of the input with zeros between, so that output = flipped kernel · patch. Of any other
-    tensor, rows are its last dimension.
+    transposed one's, those of the input with zeros between, so that output = flipped kernel · patch. Of its output,
+    rows are the channels at each position. Of any other tensor, rows are its last dimension.
 
     Attributes:
         rows: most rows to take of one batch, evenly spaced; None takes all.
@@ -74,21 +74,24 @@ class SecondMoment(Statistic):
     rows: int | None = None
 
     def start(self, layer: nn.Module | None) -> Accumulator:
-        return _Products(layer if self.of == "input" else None, self.rows)
+        conv: Any = layer if self.of == "output" and is_conv(layer) else None
+        dim = -1 if conv is None else -1 - len(conv.kernel_size)
+        return _Products(layer if self.of == "input" else None, self.rows, dim)
 
     def shared_by(self, layer: nn.Module | None) -> Hashable:
         return self, geometry(layer) if self.of == "input" else None
 
 
 class _Products(Accumulator):
-    def __init__(self, layer: nn.Module | None, rows: int | None) -> None:
-        self.layer, self.rows = layer, rows
+    def __init__(self, layer: nn.Module | None, rows: int | None, dim: int = -1) -> None:
+        self.layer, self.rows, self.dim = layer, rows, dim
         self.total: torch.Tensor | None = None
         self.sum: torch.Tensor | None = None
         self.count = 0
 
     def add(self, *tensors: torch.Tensor) -> None:
-        for rows in patches(self.layer, tensors[0], self.rows, _CHUNK):  # [groups, rows, d]
+        tensor = tensors[0] if self.dim == -1 else tensors[0].movedim(self.dim, -1)
+        for rows in patches(self.layer, tensor, self.rows, _CHUNK):  # [groups, rows, d]
             wide = rows.double()
             if self.total is None or self.sum is None:
                 self.total = wide.new_zeros(wide.shape[0], wide.shape[2], wide.shape[2])

@@ -11,10 +11,12 @@ from torch import fx
 
 from fxcompress.analysis.macs import macs
 from fxcompress.analysis.sizes import GraphSizes
+from fxcompress.analysis.statistics import Moments
 from fxcompress.graph.queries import module_of
 from fxcompress.passes.low_rank.metric import Metric
+from fxcompress.passes.low_rank.truncate import product
 
-__all__ = ["costs", "errors", "macs_of"]
+__all__ = ["costs", "errors", "lost_mean", "macs_of"]
 
 
 def macs_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> int | None:
@@ -47,14 +49,16 @@ def errors(
     Args:
         weight: ``[groups, rows, d]``.
         approximation: likewise, of the tensors as they stand in the graph now; or two factors, multiplied in pieces.
-        metric: its moment is of the data; without one there is no ``output_error``.
+        metric: of the data; without them there is no ``output_error``. One of outputs takes the two factors for a
+            projection of the weight, as :func:`~fxcompress.passes.low_rank.truncate.truncate` makes them.
         norm: square of the weight's, where it is known.
     """
     loss = energy = plain = 0.0
     unknown = not norm
     outer, inner = approximation if isinstance(approximation, tuple) else (approximation, None)
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
-    wide = torch.float64 if metric.moment is not None or weight.dtype == torch.float64 else torch.float32
+    exact = metric.moment is not None or weight.dtype == torch.float64
+    wide = torch.float64 if exact else torch.float32
     inner = None if inner is None else inner.detach().to(wide)
     step = max(1, (1 << 18) // max(1, weight.shape[-1] * len(weight)))  # pieces that stay in a cache
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
@@ -63,11 +67,25 @@ def errors(
         plain, norm = plain + _energy(difference), norm + (_energy(given) if unknown else 0.0)
         if metric.moment is not None:
             loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(given))
+    if metric.outputs is not None:
+        loss, energy = metric.lost(outer)
     found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}
-    if metric.moment is not None:
+    if metric.measures:
         found |= {"output_error": _relative(loss, energy), "loss": max(loss, 0.0), "calibration_rows": metric.rows}
         found["jitter"] = metric.jitter
     return found
+
+
+def lost_mean(
+    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], moments: Moments, metric: Metric
+) -> torch.Tensor:
+    """Mean of what the factors leave out of the output, ``[rows]``, of the moments that the metric is made of."""
+    outer, inner = factors
+    mean = moments.mean[..., None]
+    if metric.outputs is not None:
+        basis = torch.linalg.qr(outer.double()).Q
+        return (mean - basis @ (basis.mT @ mean))[0, :, 0]
+    return (product(weight, mean) - product(outer, product(inner, mean)))[0, :, 0]
 
 
 def _energy(tensor: torch.Tensor) -> float:

@@ -1,16 +1,22 @@
-"""Second moments of what sites read, collected a few sites at a time so that not all lie in memory at once."""
+"""Second moments of what sites read, or produce, collected a few sites at a time so that not all lie in memory at once.
+
+A linear map with fewer outputs than inputs is measured by its outputs: that moment is the smaller one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompress.analysis.statistics import MeanAbs, Moments, SecondMoment, collect
 from fxcompress.analysis.statistics.patches import geometry
 from fxcompress.passes.base import PassContext
-from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, plain_metric
+from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
 
 __all__ = ["fits", "site_metrics", "too_wide", "width"]
@@ -36,10 +42,12 @@ def site_metrics(
     centred: Sequence[bool] = (),
     alpha: float | None = None,
     held: int = _BYTES,
+    linear: bool = False,
 ) -> Iterator[tuple[Site, Metric, Moments | None]]:
     """Each site with the metric of its errors, and the moments it is made of; one site at a time.
 
-    Data that can be read again is read once for every ``held`` bytes of moments.
+    Data that can be read again is read once for every ``held`` bytes of moments. Where the metric has ``outputs`` the
+    moments are theirs, less the bias.
 
     Args:
         graph_module: as it was before any site changed.
@@ -50,41 +58,113 @@ def site_metrics(
         centred: per site, whether a bias takes up the mean.
         alpha: of ASVD; None is the whitened metric.
         held: bytes of second moments that may be held at once (those of one site at least).
+        linear: whether sites are taken as matrices, of which outputs tell as much as inputs.
     """
     if calibration is None:
         for site in sites:
             yield site, plain_metric(), None
         return
+    reads = _reads(sites, linear)
     flags = list(centred) or [False] * len(sites)
     whole = isinstance(calibration, Iterator)  # can be read only once
-    for start, stop in _chunks(sites, None if whole else held):
-        chunk = sites[start:stop]
+    for start, stop in _chunks(reads, None if whole else held):
+        chunk = reads[start:stop]
         requests: dict[str, list[Any]] = {}
-        for site in chunk:
-            if _without(site.layer):
-                continue
-            kinds: list[Any] = [SecondMoment(), *([] if alpha is None else [_mean_abs(site)])]
-            requests |= {node.name: kinds for node in site.nodes}
+        for read in chunk:
+            if not read.without:
+                kinds = [read.statistic, *([] if alpha is None else [_mean_abs(read.site)])]
+                requests |= {node.name: kinds for node in read.site.nodes}
         found: Any = {}
         if requests:
             found = collect(
                 graph_module, calibration, requests, limit=batches, padding=False, progress=context.progress
             )
-        for site, flag in zip(chunk, flags[start:stop], strict=True):
-            if _without(site.layer):
+        for read, flag in zip(chunk, flags[start:stop], strict=True):
+            site = read.site
+            if read.without:
                 yield site, plain_metric(), None
                 continue
-            moments = sum((found[node.name, SecondMoment()] for node in site.nodes[1:]), _first(found, site))
-            if alpha is None:
-                yield site, data_metric(moments, centred=flag), moments
+            each = [found[node.name, read.statistic] for node in site.nodes]
+            moments = sum(each[1:], each[0])
+            del each
+            if read.outputs:
+                moments = _less(moments, getattr(site.layer, "bias", None))
+                metric = output_metric(moments, width(site.layer), centred=flag)
             else:
+                metric = data_metric(moments, centred=flag)
+            if alpha is not None:
                 total = sum(found[node.name, _mean_abs(site)] for node in site.nodes) / len(site.nodes)
-                yield site, diagonal_metric(moments, total[None], alpha), moments
+                metric = diagonal_metric(metric, total[None], alpha)
+            yield site, metric, moments
 
 
-def _first(found: Any, site: Site) -> Moments:
-    moments: Moments = found[site.nodes[0].name, SecondMoment()]
-    return moments
+@dataclass(frozen=True)
+class _Read:
+    """What is collected for a site.
+
+    Attributes:
+        site: of the pass.
+        outputs: whether it is what the site produces, rather than what it reads.
+    """
+
+    site: Site
+    outputs: bool = False
+
+    @property
+    def statistic(self) -> SecondMoment:
+        return SecondMoment("output" if self.outputs else "input")
+
+    @property
+    def values(self) -> set[Hashable]:
+        """Of which values: sites that share one share its moment."""
+        if self.outputs:
+            return set(self.site.nodes)
+        return {(node.args[0], geometry(self.site.layer)) for node in self.site.nodes}
+
+    @property
+    def bytes(self) -> int:
+        """Of one moment."""
+        layer = self.site.layer
+        size = layer.weight.shape[0] if self.outputs else width(layer)
+        return 8 * size**2 * int(getattr(layer, "groups", 1))
+
+    @property
+    def without(self) -> bool:
+        """An embedding reads no numbers; a moment may be too large."""
+        return type(self.site.layer) is nn.Embedding or self.bytes > _MOST
+
+
+def _reads(sites: Sequence[Site], linear: bool) -> list[_Read]:
+    """By outputs where that takes less memory for all sites that read the same value together."""
+    reads = [_Read(site) for site in sites]
+    if not linear:
+        return reads
+    sharing: dict[Hashable, list[_Read]] = defaultdict(list)
+    for read in reads:
+        sharing[frozenset(read.values)].append(read)
+    smaller: set[str] = set()
+    for values, members in sharing.items():
+        apart = [_Read(read.site, True) for read in members]
+        cost = sum(read.bytes * len(read.values) for read in apart)
+        if all(_exact(read.site) for read in apart) and cost < members[0].bytes * len(values):  # type: ignore[arg-type]
+            smaller.update(read.site.path for read in apart)
+    return [_Read(read.site, read.site.path in smaller) for read in reads]
+
+
+def _exact(site: Site) -> bool:
+    """Whether what rounding does to two factors is nothing against what they lose: outputs do not tell it."""
+    weight: torch.Tensor = site.layer.weight
+    return type(site.layer) in (nn.Linear, *CONVS) and weight.dtype in (torch.float32, torch.float64)
+
+
+def _less(moments: Moments, bias: torch.Tensor | None) -> Moments:
+    """Moments of y − bias from those of y."""
+    if bias is None:
+        return moments
+    shift = bias.detach().double()[None]
+    cross = moments.sum[..., None] * shift[:, None, :]
+    own = moments.count * shift[..., None] * shift[:, None, :]
+    return Moments(moments.total - cross - cross.mT + own, moments.sum - moments.count * shift, moments.count)
 
 
 def _mean_abs(site: Site) -> MeanAbs:
@@ -92,41 +172,31 @@ def _mean_abs(site: Site) -> MeanAbs:
     return MeanAbs("input", dim=-1 - len(layer.kernel_size) if type(layer) in CONVS else -1)
 
 
-def too_wide(sites: Sequence[Site]) -> str:
+def too_wide(sites: Sequence[Site], *, linear: bool = False) -> str:
     """A sentence about the sites that go without data because of their size; empty if there are none."""
-    wide = [site.path for site in sites if type(site.layer) is not nn.Embedding and _moment_bytes(site.layer) > _MOST]
-    if not wide:
+    reads = [read for read in _reads(sites, linear) if read.without and type(read.site.layer) is not nn.Embedding]
+    if not reads:
         return ""
-    names = ", ".join(wide)
+    names = ", ".join(read.site.path for read in reads)
     return f"What {names} read of the data is too wide for its second moment: factored without data."
 
 
-def _without(layer: Any) -> bool:
-    """An embedding reads no numbers; a moment may be too large."""
-    return type(layer) is nn.Embedding or _moment_bytes(layer) > _MOST
-
-
-def _moment_bytes(layer: Any) -> int:
-    return 8 * width(layer) ** 2 * int(getattr(layer, "groups", 1))
-
-
-def fits(sites: Sequence[Site], held: int = _BYTES) -> bool:
+def fits(sites: Sequence[Site], held: int = _BYTES, *, linear: bool = False) -> bool:
     """Whether the data is read once for all sites."""
-    return len(list(_chunks(sites, held))) <= 1
+    return len(list(_chunks(_reads(sites, linear), held))) <= 1
 
 
-def _chunks(sites: Sequence[Site], most: int | None) -> Iterator[tuple[int, int]]:
+def _chunks(reads: Sequence[_Read], most: int | None) -> Iterator[tuple[int, int]]:
     """Spans of sites whose moments take no more bytes than ``most``; layers that read the same value share one."""
     start, taken = 0, 0
-    known: set[Any] = set()
-    for index, site in enumerate(sites):
-        sources = {(node.args[0], geometry(site.layer)) for node in site.nodes}
-        size = 0 if _without(site.layer) else _moment_bytes(site.layer) * len(sources - known)
+    known: set[Hashable] = set()
+    for index, read in enumerate(reads):
+        size = 0 if read.without else read.bytes * len(read.values - known)
         if most is not None and index > start and taken + size > most:
             yield start, index
             start, taken, known = index, 0, set()
-            size = 0 if _without(site.layer) else _moment_bytes(site.layer) * len(sources)
+            size = 0 if read.without else read.bytes * len(read.values)
         taken += size
-        known |= sources
-    if start < len(sites):
-        yield start, len(sites)
+        known |= read.values
+    if start < len(reads):
+        yield start, len(reads)

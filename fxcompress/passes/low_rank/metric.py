@@ -4,19 +4,22 @@ With C = Σ x xᵀ over calibration data, the loss of W' is exactly Σ ‖W x �
 with S Sᵀ = C turns it into the Frobenius norm of E S, which the truncated SVD of W S minimises (SVD-LLM, Wang et al.
 2024, arXiv:2403.07378). ASVD (Yuan et al. 2023, arXiv:2312.05821) takes for S a diagonal of mean absolute values.
 
+A weight with fewer rows than columns needs no C: the truncation is that of M = W C Wᵀ, the second moment of the layer's
+outputs without its bias, which is smaller. What it leaves is W' = P W of a projection P, with the loss tr(M) − tr(P M).
+
 Everything is float64 and batched over the groups of a convolution, ``[groups, …]``; a linear layer has one group.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from fxcompress.analysis.statistics import Moments
 
-__all__ = ["Metric", "data_metric", "diagonal_metric", "plain_metric"]
+__all__ = ["Metric", "data_metric", "diagonal_metric", "output_metric", "plain_metric"]
 
 _JITTER = 1e-8  # of the mean variance; grows tenfold until the Cholesky factor exists
 
@@ -26,7 +29,8 @@ class Metric:
     """What errors are weighted with.
 
     Attributes:
-        moment: Σ x xᵀ of the data as it is, ``[groups, d, d]``, for the loss; None without data.
+        moment: Σ x xᵀ of the data as it is, ``[groups, d, d]``, for the loss; None without it.
+        outputs: Σ y yᵀ of y = W x in its place, ``[groups, rows, rows]``.
         scale: a diagonal to weight with in the place of the moment's root, ``[groups, d]``.
         weighs: False where the moment only measures, and every entry of the weight counts the same.
         singular: whether the data has too few rows for the moment to have a root.
@@ -34,6 +38,7 @@ class Metric:
     """
 
     moment: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
     scale: torch.Tensor | None = None
     weighs: bool = True
     singular: bool = False
@@ -42,26 +47,39 @@ class Metric:
     @property
     def plain(self) -> bool:
         """Whether all entries of a weight count the same."""
-        return self.scale is None and (self.moment is None or not self.weighs)
+        return self.scale is None and (not self.measures or not self.weighs)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it knows the loss on data."""
+        return self.moment is not None or self.outputs is not None
 
     @property
     def jitter(self) -> float:
         """What was added to the diagonal of the moment, relative to its mean; 0 if nothing was."""
         if self.plain or self.scale is not None:
             return 0.0
-        return self._rooted[1] if "_rooted" in self.__dict__ else (_JITTER if self.singular else 0.0)
+        return self._added if "_added" in self.__dict__ else (_JITTER if self.singular else 0.0)
+
+    def congruent(self, gram: torch.Tensor) -> torch.Tensor:
+        """``Sᵀ · gram · S`` for a float64 ``[groups, d, d]``, which may be written into."""
+        if self.plain:
+            return gram
+        if self.scale is not None:
+            return gram.mul_(self.scale[:, None, :]).mul_(self.scale[..., None])
+        root = self._root()
+        half = gram @ root
+        return torch.matmul(root.mT, half, out=gram)
 
     def scaled(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight · S`` for a float64 weight ``[groups, rows, d]``."""
-        if self.plain:
-            return weight
-        return weight * self.scale[:, None, :] if self.scale is not None else weight @ self._rooted[0]
+        """``weight · S`` of a diagonal S for a float64 weight ``[groups, rows, d]``; without one the weight."""
+        return weight if self.scale is None else weight * self.scale[:, None, :]
 
     def unscaled(self, vectors: torch.Tensor) -> torch.Tensor:
         """``S · vectors`` for ``[groups, d, n]``."""
         if self.plain:
             return vectors
-        return self.scale[..., None] * vectors if self.scale is not None else self._rooted[0] @ vectors
+        return self.scale[..., None] * vectors if self.scale is not None else self._root() @ vectors
 
     def by_rows(self, weight: torch.Tensor, step: int) -> torch.Tensor:
         """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]``, float64: needs no root of a moment.
@@ -71,12 +89,16 @@ class Metric:
             step: rows that are taken into float64 at once.
         """
         rows = weight.shape[-2]
+        if self.outputs is not None and self.scale is None:
+            if not self.singular:
+                return self.outputs
+            plain = Metric().by_rows(weight, step)
+            return plain.mul_(_JITTER * _trace(self.outputs) / _trace(plain).clamp_min(1e-300)).add_(self.outputs)
         found = weight.new_empty(len(weight), rows, rows, dtype=torch.float64)
         for start in range(0, rows, step):
             left = self._weighted(weight[:, start : start + step].double())
             for other in range(0, start + 1, step):  # the lower half: it is symmetric
-                right = weight[:, other : other + step].double()
-                part = left @ (right if self.scale is None else self.scaled(right)).mT
+                part = left @ self.scaled(weight[:, other : other + step].double()).mT
                 found[:, start : start + step, other : other + step] = part
                 found[:, other : other + step, start : start + step] = part.mT
         return found
@@ -90,25 +112,42 @@ class Metric:
         return found.add_(weight * (_JITTER * _level(self.moment))) if self.singular else found
 
     def loss(self, error: torch.Tensor) -> torch.Tensor:
-        """tr(E C Eᵀ) on the data (without data: ‖E‖²) of ``[groups, rows, d]``, summed."""
+        """tr(E C Eᵀ) on the data (without data: ‖E‖²) of ``[groups, rows, d]``, summed. Not of ``outputs``."""
         if self.moment is None:
             return error.square().sum()
         return ((error @ self.moment) * error).sum()
 
+    def lost(self, outer: torch.Tensor) -> tuple[float, float]:
+        """Loss on the data, and energy of the outputs: of what is left of a weight projected on the span of ``outer``.
+
+        Args:
+            outer: ``[groups, rows, rank]``; needs ``outputs``.
+        """
+        assert self.outputs is not None
+        energy = float(_trace(self.outputs).sum())
+        basis = torch.linalg.qr(outer.double()).Q
+        return energy - float(((self.outputs @ basis) * basis).sum()), energy
+
+    def _root(self) -> torch.Tensor:
+        """The Cholesky factor of the moment. Made anew when it is asked for: it costs little and is as large."""
+        return self._cholesky(self._added)[0]
+
     @cached_property
-    def _rooted(self) -> tuple[torch.Tensor, float]:
-        """The Cholesky factor of the moment, and the jitter that it took."""
-        assert self.moment is not None
+    def _added(self) -> float:
+        """The jitter with which the moment has a Cholesky factor."""
         jitter = _JITTER if self.singular else 0.0
-        while True:
-            given = self.moment
-            if jitter:
-                given = given.clone()
-                given.diagonal(dim1=-2, dim2=-1).add_(jitter * _level(self.moment)[..., 0])
-            root, failed = torch.linalg.cholesky_ex(given)
-            if not bool(failed.any()):
-                return root, jitter
+        while bool(self._cholesky(jitter)[1].any()):
             jitter = max(jitter * 10, _JITTER)
+        return jitter
+
+    def _cholesky(self, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.moment is not None
+        given = self.moment
+        if jitter:
+            given = given.clone()
+            given.diagonal(dim1=-2, dim2=-1).add_(jitter * _level(self.moment)[..., 0])
+        found: tuple[torch.Tensor, torch.Tensor] = torch.linalg.cholesky_ex(given)
+        return found
 
 
 def plain_metric() -> Metric:
@@ -127,16 +166,32 @@ def data_metric(moments: Moments, *, centred: bool = False) -> Metric:
     return Metric(moment, singular=moments.count <= moment.shape[-1], rows=moments.count)
 
 
-def diagonal_metric(moments: Moments, mean_abs: torch.Tensor, alpha: float) -> Metric:
-    """Inputs weighted with their mean absolute value to the power of ``alpha`` (ASVD); the loss is that on the data.
+def output_metric(moments: Moments, width: int, *, centred: bool = False) -> Metric:
+    """The same loss, by the moments of what the layer produces without its bias.
 
     Args:
-        moments: of the layer's input.
+        moments: of the outputs, without the bias.
+        width: of the layer's rows.
+        centred: as for :func:`data_metric`.
+    """
+    moment = moments.covariance * moments.count if centred else moments.total
+    return Metric(outputs=moment, singular=moments.count <= width, rows=moments.count)
+
+
+def diagonal_metric(metric: Metric, mean_abs: torch.Tensor, alpha: float) -> Metric:
+    """Inputs weighted with their mean absolute value to the power of ``alpha`` (ASVD); the loss is that of ``metric``.
+
+    Args:
+        metric: of the data.
         mean_abs: ``[groups, d]``.
         alpha: 0 is the plain metric.
     """
     scale = mean_abs.clamp_min(1e-6 * float(mean_abs.mean()) or 1.0).pow(alpha)
-    return Metric(moments.total, scale, rows=moments.count)
+    return replace(metric, scale=scale, singular=False)
+
+
+def _trace(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
 
 
 def _level(moment: torch.Tensor) -> torch.Tensor:

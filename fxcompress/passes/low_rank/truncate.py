@@ -2,7 +2,8 @@
 
 Let W be [rows, d] and S the metric's root. With U the leading left singular vectors of W S, the best weight of that
 rank is U Uᵀ W, whatever the metric: S is never inverted. U are the eigenvectors of (W S)(W S)ᵀ, or, where d is smaller,
-the orthonormal basis of W S V with V those of (W S)ᵀ(W S). They cost a fraction of an SVD.
+the orthonormal basis of W S V with V those of (W S)ᵀ(W S); without a metric W V Vᵀ is the same. They cost a fraction of
+an SVD.
 
 Where only a few of many are wanted, :mod:`~fxcompress.passes.low_rank.leading` finds them by matrix products alone, or
 says that it cannot. float32 is enough for a float32 weight where what is cut off is large against the rounding of its
@@ -22,7 +23,7 @@ from fxcompress.passes.low_rank.metric import Metric
 
 __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
-_CHUNK = 1 << 20  # elements of a weight that are taken into float64 at once
+_CHUNK = 1 << 18  # elements of a weight that are taken into float64 at once
 _BANDS = 4  # in which a symmetric product is made
 _LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 5  # times the rank, not more than the full one: few enough for a block of vectors
@@ -86,9 +87,8 @@ def gram(weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float6
     found = weight.new_zeros(len(weight), size, size, dtype=dtype)
     for piece in matrix.split(_step(size, len(weight)), -1):
         wide = piece.to(dtype)
-        wide = wide if metric.plain else metric.scaled(wide.mT).mT
         found.baddbmm_(wide, wide.mT)
-    return found, by_rows
+    return metric.congruent(found), by_rows
 
 
 def spectrum(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
@@ -128,6 +128,7 @@ def truncate(
             found = _large(weight, metric, choose, seed if randomized else None)
             if found is not None:
                 return replace(found, outer=outer.copy_(found.outer), inner=inner.copy_(found.inner))
+            del outer, inner
     matrix, by_rows = gram(weight, metric)
     values, vectors = torch.linalg.eigh(matrix)
     del matrix
@@ -183,14 +184,23 @@ def _factors(
     randomized: bool = False,
 ) -> Factors:
     """U Uᵀ W, its scale shared out evenly between the two factors, component by component."""
+    if metric.plain and not by_rows:
+        outer = product(weight, vectors)
+        half = _half(torch.linalg.vector_norm(outer, dim=-2))
+        inner = (vectors.mT * half[..., None]).to(weight.dtype)
+        return Factors(outer.div_(half[:, None, :]).to(weight.dtype), inner, energy, total, randomized)
     basis = vectors if by_rows else torch.linalg.qr(product(weight, metric.unscaled(vectors))).Q
+    del vectors
     same = weight.dtype == basis.dtype
     inner = basis.mT @ weight if same else product(weight.mT, basis).mT  # [groups, rank, d]
-    norm = torch.linalg.vector_norm(inner, dim=-1)
-    half = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
-    outer = (basis * half[:, None, :]).to(weight.dtype)
-    inner = inner.div_(half[..., None]).to(weight.dtype).contiguous()
+    half = _half(torch.linalg.vector_norm(inner, dim=-1))
+    outer = basis.mul_(half[:, None, :]).to(weight.dtype)
+    inner = weight.new_empty(inner.shape).copy_(inner.div_(half[..., None]))
     return Factors(outer, inner, energy, total, randomized)
+
+
+def _half(norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
 
 
 def product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
