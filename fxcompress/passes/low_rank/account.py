@@ -14,6 +14,7 @@ from fxcompress.analysis.sizes import GraphSizes
 from fxcompress.analysis.statistics import Moments
 from fxcompress.graph.queries import module_of
 from fxcompress.passes.low_rank.metric import Metric
+from fxcompress.passes.low_rank.products import Packed
 from fxcompress.passes.low_rank.truncate import product
 
 __all__ = ["costs", "errors", "lost_mean", "macs_of"]
@@ -59,11 +60,13 @@ def errors(
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
     exact = metric.moment is not None or weight.dtype == torch.float64
     wide = torch.float64 if exact else torch.float32
-    inner = None if inner is None else inner.detach().to(wide)
     step = max(1, (1 << 18) // max(1, weight.shape[-1] * len(weight)))  # pieces that stay in a cache
+    packed = None if inner is None else [Packed(part.detach().to(wide).T, step) for part in inner]
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
         given, made = old.detach().to(wide), piece.detach().to(wide)
-        difference = given - (made if inner is None else made @ inner)
+        if packed is not None:
+            made = torch.stack([part.after(rows) for part, rows in zip(packed, made, strict=True)])
+        difference = given - made
         plain, norm = plain + _energy(difference), norm + (_energy(given) if unknown else 0.0)
         if metric.moment is not None:
             loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(given))

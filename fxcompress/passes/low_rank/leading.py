@@ -51,7 +51,7 @@ def leading(
     last, floor, top = _quantiles(product, size, (rank, width), like, generator)
     if not 0 < floor < last:
         return None
-    block = torch.randn(size, width, generator=generator, device=like.device, dtype=like.dtype)
+    block = torch.randn(width, size, generator=generator, device=like.device, dtype=like.dtype).T
     # From a random block the wanted components may not fall behind the largest by more than the dtype can carry.
     spread = math.acosh(max(2 * top / floor - 1, 1)) - math.acosh(2 * last / floor - 1)
     degree = min(_DEGREE, max(1, int(math.log(_CARRIED) / max(spread, 1e-6))))
@@ -70,7 +70,7 @@ def leading(
                 return None
             block = torch.linalg.qr(block.double()).Q
             continue
-        block, image = block @ turned, image @ turned
+        block, image = (turned.T @ block.T).T, (turned.T @ image.T).T  # by columns, as products are
         residual = (image[:, :rank] - block[:, :rank] * wanted.to(block.dtype)).square().sum(0).double()
         del image
         missing = residual / torch.maximum(wanted - floor, residual.sqrt()).clamp_min(1e-300)

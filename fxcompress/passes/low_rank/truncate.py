@@ -20,11 +20,11 @@ import torch
 
 from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
+from fxcompress.passes.low_rank.products import Packed, square
 
 __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
 _CHUNK = 1 << 18  # elements of a weight that are taken into float64 at once
-_BANDS = 4  # in which a symmetric product is made
 _LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 5  # times the rank, not more than the full one: few enough for a block of vectors
 
@@ -76,14 +76,7 @@ def gram(weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float6
     matrix = weight if by_rows else weight.mT
     size = matrix.shape[-2]
     if matrix.dtype == dtype and metric.plain:
-        if size < _LARGE:
-            return matrix @ matrix.mT, by_rows
-        found = weight.new_empty(len(weight), size, size)
-        for band in range(_BANDS):  # of the lower half: it is symmetric
-            start, stop = band * size // _BANDS, (band + 1) * size // _BANDS
-            torch.matmul(matrix[:, start:stop], matrix[:, :stop].mT, out=found[:, start:stop, :stop])
-            found[:, :start, start:stop] = found[:, start:stop, :start].mT
-        return found, by_rows
+        return (square(matrix[0])[None] if len(weight) == 1 else matrix @ matrix.mT), by_rows
     found = weight.new_zeros(len(weight), size, size, dtype=dtype)
     for piece in matrix.split(_step(size, len(weight)), -1):
         wide = piece.to(dtype)
@@ -147,15 +140,15 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) ->
     matrix, by_rows = gram(weight, metric, dtype)
     full = matrix.shape[-1]
     if seed is not None and rank * _FEW <= full:
-        held = [matrix[0]]
+        held = [Packed(matrix[0], rank)]
 
         def multiply(block: torch.Tensor) -> torch.Tensor:
-            if held[0].dtype != block.dtype:
-                held[0] = gram(weight, metric)[0][0]
-            return held[0] @ block
+            if held[0].matrix.dtype != block.dtype:
+                held[0] = Packed(gram(weight, metric)[0][0], rank)
+            return held[0].after(block.T).T
 
-        found = leading(multiply, full, rank, lambda: _trace(held[0]), like=matrix, seed=seed)
-        total = torch.tensor([_trace(held[0])], dtype=torch.float64)
+        found = leading(multiply, full, rank, lambda: _trace(held[0].matrix), like=matrix, seed=seed)
+        total = torch.tensor([_trace(held[0].matrix)], dtype=torch.float64)
         held.clear()
         if found is not None:
             del matrix
@@ -191,8 +184,7 @@ def _factors(
         return Factors(outer.div_(half[:, None, :]).to(weight.dtype), inner, energy, total, randomized)
     basis = vectors if by_rows else torch.linalg.qr(product(weight, metric.unscaled(vectors))).Q
     del vectors
-    same = weight.dtype == basis.dtype
-    inner = basis.mT @ weight if same else product(weight.mT, basis).mT  # [groups, rank, d]
+    inner = product(weight.mT, basis).mT  # [groups, rank, d]
     half = _half(torch.linalg.vector_norm(inner, dim=-1))
     outer = basis.mul_(half[:, None, :]).to(weight.dtype)
     inner = weight.new_empty(inner.shape).copy_(inner.div_(half[..., None]))
@@ -205,12 +197,12 @@ def _half(norm: torch.Tensor) -> torch.Tensor:
 
 def product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
-    if weight.dtype == right.dtype:
-        return weight @ right
     made = right.new_empty(len(weight), weight.shape[-2], right.shape[-1])
     step = _step(weight.shape[-1], len(weight))
+    packed = [Packed(part, step) for part in right.mT]
     for start in range(0, weight.shape[-2], step):
-        torch.matmul(weight[:, start : start + step].to(right.dtype), right, out=made[:, start : start + step])
+        for given, part, one in zip(weight, packed, made, strict=True):
+            one[start : start + step] = part.after(given[start : start + step].to(right.dtype))
     return made
 
 
