@@ -10,7 +10,7 @@ from benchmarks.low_rank import __doc__ as text
 def main() -> None:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=text)
-    parser.add_argument("what", choices=("minilm", "crepe", "speed"))
+    parser.add_argument("what", choices=("minilm", "crepe", "speed", "memory"))
     parser.add_argument("--sizes", default="768x1,768x3,768x12", help="WIDTHxBLOCKS of speed, with commas")
     parser.add_argument("--peer-blocks", type=int, default=None, help="of speed: blocks that the peer is timed on")
     parser.add_argument("--ratio", type=float, default=0.25, help="of speed")
@@ -23,6 +23,10 @@ def main() -> None:
 
         pairs = [item.split("x") for item in given.sizes.split(",")]
         speed([(int(width), int(blocks)) for width, blocks in pairs], given.ratio, given.peer_blocks)
+    elif given.what == "memory":
+        from benchmarks.low_rank.memory import memory
+
+        memory(sorted({int(item.split("x")[0]) for item in given.sizes.split(",")}), (0.25, 0.5))
     elif given.what == "crepe":
         from benchmarks.low_rank.crepe import crepe
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks._results import RESULTS, machine_facts, peak_memory_mib, read_rows, reset_peak_memory, write
 from benchmarks.low_rank.common import applied
+from benchmarks.low_rank.memory import work_bytes
 from fxcompress.capture import capture
 from fxcompress.passes import FactorizeLinear
 
@@ -101,6 +102,7 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         best = float(torch.linalg.svdvals(weight.detach())[first.out_features :].double().norm())
         worst = max(worst, error / best - 1)
     del made
+    shapes = ((width, width), (width, 4 * width), (4 * width, width))
     peer_seconds = peer(model, ratio, peer_blocks) * blocks / peer_blocks
     return {
         "width": width,
@@ -112,31 +114,10 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         "peer_blocks": peer_blocks,
         "faster": peer_seconds / seconds,
         "ns_per_parameter": seconds / parameters * 1e9,
-        "work_in_largest_layers": max(work_bytes(layer, ratio) for layer in graph_parts(width)) / 2**20 / largest,
+        "work_in_largest_layers": max(work_bytes(*sizes, ratio) for sizes in shapes) / 2**20 / largest,
         "resident_in_largest_layers": resident,
         "worst_error_over_best": worst,
     }
-
-
-def graph_parts(width: int) -> list[nn.Module]:
-    """One layer of each shape."""
-    return [nn.Sequential(layer).eval() for layer in (nn.Linear(width, 4 * width), nn.Linear(4 * width, width))] + [
-        nn.Sequential(nn.Linear(width, width)).eval()
-    ]
-
-
-def work_bytes(model: nn.Module, ratio: float) -> int:
-    """The most bytes of tensors that live at once while a model of one layer is factorized, its factors included."""
-    layer: Any = model[0]  # type: ignore[index]
-    graph_module = capture(model, (torch.randn(2, layer.in_features),), dynamic_shapes="batch")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        applied(graph_module, FactorizeLinear(ratio=ratio))
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 def exponent(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -128,7 +128,8 @@ class FactorizeLinear(Pass):
                 rewrites += self._put(editor, groups[site], change, metric, moments)
         if self.refit and rewrites:
             assert self.calibration is not None
-            rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
+            held = self.moments_mib << 20
+            rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context, held=held)
         note = too_wide([group[0] for group in groups.values()], linear=True) if self.calibration is not None else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 

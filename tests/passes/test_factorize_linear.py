@@ -306,6 +306,39 @@ def test_weights_that_are_no_numbers_are_left():
     assert [rewrite.site for rewrite in result.rewrites] == ["2"]
 
 
+def test_refit_reads_the_data_once_for_layers_side_by_side():
+    class Data(list):
+        read = 0
+
+        def __iter__(self):
+            self.read += 1
+            return super().__iter__()
+
+    torch.manual_seed(0)
+    data = Data([torch.randn(8, 6, 32) for _ in range(4)])
+
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x):
+            return self.o(torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x))
+
+    model = Three().eval()
+    plain = check_pass(model, (data[0],), FactorizeLinear(ratio=0.5, calibration=data), rewrites=4, idempotent=False)
+    data.read = 0
+    pass_ = FactorizeLinear(ratio=0.5, calibration=data, refit=True)
+    fitted = pass_.run(capture(model, (data[0],), dynamic_shapes="batch"), PassContext())
+    assert data.read == 1 + 2  # moments, then q, k and v, then o
+    assert all(rewrite.detail["refitted"] for rewrite in fitted.rewrites)
+    with torch.no_grad():
+        errors = [
+            sum(float((made.graph_module(x) - model(x)).square().sum()) for x in data) for made in (plain, fitted)
+        ]
+    assert errors[1] < errors[0]
+
+
 def test_fewer_rows_than_features_are_told():
     x = torch.randn(5, 24)
     result = check_pass(mlp(), (x[:2],), FactorizeLinear(rank=8, calibration=[x], only="0"), rewrites=1)

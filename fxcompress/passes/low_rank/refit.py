@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -37,10 +38,21 @@ def refit_outer(
     calibration: Iterable[Any],
     batches: int | None,
     context: PassContext,
+    *,
+    held: int = 1 << 30,
 ) -> list[Rewrite]:
-    """Fit the second layer of each rewritten site, in graph order, each after those before it.
+    """Fit the last layer of each rewritten site, in graph order, each after those before it.
 
-    Runs both graphs over the data once per site.
+    Runs both graphs over the data once for all sites that do not read each other.
+
+    Args:
+        original: the graph before.
+        graph_module: the graph now.
+        rewrites: of it.
+        calibration: batches.
+        batches: most to read.
+        context: for the progress.
+        held: bytes of moments that may be held at once.
 
     Raises:
         OptionError: the data can be read only once.
@@ -51,39 +63,96 @@ def refit_outer(
             where="calibration",
             remedy="give a list or a DataLoader",
         )
-    made: list[Rewrite] = []
-    for rewrite in rewrites:
-        path = rewrite.detail["layers"][-1]
-        last: Any = graph_module.get_submodule(path)
-        calls = calls_of(original, rewrite.site)
-        layers = calls_of(graph_module, path)
-        tied = sum(last.weight is p for p in graph_module.parameters()) > 1 or "tied_with" in rewrite.detail
-        if rewrite.detail.get("embedding") or tied or getattr(last, "groups", 1) > 1:
-            made.append(rewrite)
-            continue
-        dim = -1 if last.weight.dim() == 2 else 1
-        found: list[CrossMoments] = []
-        for call, layer in zip(calls, layers, strict=True):
-            source = layer.args[0]
-            assert isinstance(source, fx.Node)
-            asked = CrossMoment(with_=source.name, dim=dim)
-            read = collect(
-                original,
-                calibration,
-                {call.name: asked},
-                limit=batches,
-                beside=graph_module,
-                padding=False,
-                progress=context.progress,
-            )
-            found.append(read[call.name, asked])
-        sums = sum(found[1:], found[0])
-        cross, moment = sums.cross, sums.moments.total[0]
-        if last.bias is not None:
-            cross = cross - last.bias.detach().double()[:, None] * sums.moments.sum
-        now = last.weight.detach().double().flatten(1)
-        fitted = ridge(cross, moment, now).reshape(last.weight.shape)
+    made = list(rewrites)
+    for together in _independent(graph_module, _fitted_sites(graph_module, rewrites), held):
+        requests: dict[str, list[CrossMoment]] = {}
+        pairs: dict[int, list[tuple[str, CrossMoment]]] = {}
+        for index in together:
+            last, layers = _last(graph_module, rewrites[index])
+            dim = -1 if last.weight.dim() == 2 else 1
+            pairs[index] = [
+                (call.name, CrossMoment(with_=_source(layer).name, dim=dim))
+                for call, layer in zip(calls_of(original, rewrites[index].site), layers, strict=True)
+            ]
+            for name, asked in pairs[index]:
+                requests.setdefault(name, []).append(asked)
+        read = collect(
+            original,
+            calibration,
+            requests,
+            limit=batches,
+            beside=graph_module,
+            padding=False,
+            progress=context.progress,
+        )
         with GraphEditor(graph_module) as editor:
-            editor.set_tensor(f"{path}.weight", fitted.to(last.weight.dtype))
-        made.append(dataclasses.replace(rewrite, detail={**rewrite.detail, "refitted": True}))
+            for index in together:
+                found: list[CrossMoments] = [read[pair] for pair in pairs[index]]
+                last = _last(graph_module, rewrites[index])[0]
+                path = rewrites[index].detail["layers"][-1]
+                editor.set_tensor(f"{path}.weight", _refitted(last, sum(found[1:], found[0])))
+                made[index] = dataclasses.replace(rewrites[index], detail={**rewrites[index].detail, "refitted": True})
     return made
+
+
+def _last(graph_module: fx.GraphModule, rewrite: Rewrite) -> tuple[Any, list[fx.Node]]:
+    path = rewrite.detail["layers"][-1]
+    return graph_module.get_submodule(path), calls_of(graph_module, path)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _fitted_sites(graph_module: fx.GraphModule, rewrites: Sequence[Rewrite]) -> dict[int, list[fx.Node]]:
+    """Calls of the last layer of each site that can be fitted: its weight is its own and it is not grouped."""
+    found: dict[int, list[fx.Node]] = {}
+    names = Counter(id(p) for _, p in graph_module.named_parameters(remove_duplicate=False))
+    for index, rewrite in enumerate(rewrites):
+        last, layers = _last(graph_module, rewrite)
+        tied = names[id(last.weight)] > 1 or "tied_with" in rewrite.detail
+        if not (rewrite.detail.get("embedding") or tied or getattr(last, "groups", 1) > 1):
+            found[index] = layers
+    return found
+
+
+def _independent(graph_module: fx.GraphModule, sites: dict[int, list[fx.Node]], held: int) -> Iterator[list[int]]:
+    """Sites in order, those together of which none reads what another produces: the projections of an attention.
+
+    Their moments take no more than ``held`` bytes, those of one site apart.
+    """
+    owner = {node: index for index, nodes in sites.items() for node in nodes}
+    depth: dict[fx.Node, int] = {}  # of sites on the way to what a node reads
+    reached: dict[int, int] = {}
+    for node in graph_module.graph.nodes:
+        depth[node] = max((depth[item] for item in node.all_input_nodes), default=0)
+        if node in owner:
+            reached[owner[node]] = max(reached.get(owner[node], 0), depth[node])
+            depth[node] += 1
+    order: dict[int, list[int]] = defaultdict(list)
+    for index, level in reached.items():
+        order[level].append(index)
+    for level in sorted(order):
+        together: list[int] = []
+        taken = 0
+        for index in order[level]:
+            layer: Any = graph_module.get_submodule(str(sites[index][0].target))
+            outputs, inputs = layer.weight.shape[:2]
+            size = 8 * inputs * (outputs + inputs) * len(sites[index])
+            if together and taken + size > held:
+                yield together
+                together, taken = [], 0
+            together.append(index)
+            taken += size
+        yield together
+
+
+def _refitted(last: Any, sums: CrossMoments) -> torch.Tensor:
+    """The weight of ``last`` with which it comes closest to the original output."""
+    cross, moment = sums.cross, sums.moments.total[0]
+    if last.bias is not None:
+        cross = cross - last.bias.detach().double()[:, None] * sums.moments.sum
+    now = last.weight.detach().double().flatten(1)
+    return ridge(cross, moment, now).reshape(last.weight.shape).to(last.weight.dtype)
