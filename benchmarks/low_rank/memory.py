@@ -55,10 +55,10 @@ def memory(widths: Sequence[int], ratios: Sequence[float]) -> None:
         rows=[rows[key] for key in sorted(rows)],
         columns=["width", "inputs", "outputs", "ratio", "without_data", "on_data"],
         notes=[
-            "In sizes of the largest layer of a transformer's block, 4 · width² float32 numbers: all tensors that live at "
-            "once while FactorizeLinear takes one layer, its factors included, as torch's profiler counts them. On data: "
-            f"batches of {_ROWS} rows, `moments_mib=1`, so that the moments of one layer are held at a time; what is held "
-            "of several layers adds to it."
+            "In sizes of the largest layer of a transformer's block, 4 · width² float32 numbers: all tensors that live "
+            "at once while FactorizeLinear takes one layer, its factors included, as torch's profiler counts them. On "
+            f"data: batches of {_ROWS} rows, `moments_mib=1`, so that one layer's moments are held at a time; what "
+            "is held of several layers adds to it."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )
