@@ -95,7 +95,7 @@ def refit_outer(
     return made
 
 
-def _last(graph_module: fx.GraphModule, rewrite: Rewrite) -> tuple[Any, list[fx.Node]]:
+def _last(graph_module: fx.GraphModule, rewrite: Rewrite) -> tuple[Any, Sequence[fx.Node]]:
     path = rewrite.detail["layers"][-1]
     return graph_module.get_submodule(path), calls_of(graph_module, path)
 
@@ -106,9 +106,9 @@ def _source(node: fx.Node) -> fx.Node:
     return source
 
 
-def _fitted_sites(graph_module: fx.GraphModule, rewrites: Sequence[Rewrite]) -> dict[int, list[fx.Node]]:
+def _fitted_sites(graph_module: fx.GraphModule, rewrites: Sequence[Rewrite]) -> dict[int, Sequence[fx.Node]]:
     """Calls of the last layer of each site that can be fitted: its weight is its own and it is not grouped."""
-    found: dict[int, list[fx.Node]] = {}
+    found: dict[int, Sequence[fx.Node]] = {}
     names = Counter(id(p) for _, p in graph_module.named_parameters(remove_duplicate=False))
     for index, rewrite in enumerate(rewrites):
         last, layers = _last(graph_module, rewrite)
@@ -118,7 +118,7 @@ def _fitted_sites(graph_module: fx.GraphModule, rewrites: Sequence[Rewrite]) -> 
     return found
 
 
-def _independent(graph_module: fx.GraphModule, sites: dict[int, list[fx.Node]], held: int) -> Iterator[list[int]]:
+def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node]], held: int) -> Iterator[list[int]]:
     """Sites in order, those together of which none reads what another produces: the projections of an attention.
 
     Their moments take no more than ``held`` bytes, those of one site apart.
