@@ -62,6 +62,9 @@ _MEMORY_FORMATS = {
     torch.channels_last: 2,
     torch.channels_last_3d: 3,
 }
+_RESAMPLINGS = ("upsample_linear", "upsample_nearest", "_upsample_nearest_exact")
+# In one dimension a scale that is None fits two overloads; both then go by the size alone.
+_FROM_SIZE = {f"aten::{kind}1d.vec": f"aten::{kind}1d" for kind in _RESAMPLINGS}
 
 
 def script_graph(program: ExportedProgram) -> torch._C.Graph:
@@ -140,7 +143,7 @@ class _Writer:
         chosen = call.schema().partition("(")[0]
         wanted = f"{schema.name}.{schema.overload_name}" if schema.overload_name else schema.name
         # A number in the place of a tensor counts as one in ATen; TorchScript has other overloads for that.
-        if chosen != wanted and not numbers:
+        if chosen not in (wanted, _FROM_SIZE.get(wanted)) and not numbers:
             raise TypeError(f"TorchScript takes {chosen} for {wanted}")
         return results[0] if len(results) == 1 else results
 

@@ -85,6 +85,21 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "model.ts").stat().st_size < 1.5 * 1000 * 64 * 4
 
 
+@pytest.mark.parametrize("mode", ["linear", "nearest", "nearest-exact"])
+@pytest.mark.parametrize("wanted", [{"size": 13}, {"scale_factor": 1.7}, {"scale_factor": 2.5}], ids=str)
+def test_resampling_in_one_dimension(mode: str, wanted: dict[str, Any]) -> None:
+    """By size or by scale: TorchScript chooses between two overloads by what is None."""
+
+    class Resampled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.interpolate(x, mode=mode, **wanted)
+
+    model = Resampled()
+    engine = built(model, (torch.randn(2, 3, 8),))
+    x = torch.randn(5, 3, 8)
+    torch.testing.assert_close(engine(x), model(x), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "text", ["def __setstate__(self)", "torch.save(x, 'f')", "torch.from_file('f')", "ops.image.write_file(x)"]
 )
