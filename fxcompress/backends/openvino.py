@@ -20,6 +20,7 @@ from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
+from fxcompress.backends.openvino_lowering import lower_operators
 from fxcompress.backends.signature import dtype_name
 from fxcompress.backends.tensors import Array, numpy_dtype
 from fxcompress.errors import BackendError, PreconditionError, nearest
@@ -82,6 +83,7 @@ class OpenVINO(OnnxBackend):
         _library()  # before the work, not after it
         _refuse_doubles(graph_module, signature)
         super().write(graph_module, directory, signature, context)
+        lower_operators(directory / MODEL_FILE)
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> OpenVINOEngine:
