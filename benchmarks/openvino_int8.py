@@ -105,7 +105,6 @@ def race(folder: Path, names: Sequence[str], precision: str, threads: int, round
             row[f"{kind}_int8"] = sum(n for (_, p), n in counts.items() if p in ("i8", "u8"))
             row[f"{kind}_layers"] = {f"{layer} {p}": n for (layer, p), n in sorted(counts.items())}
             row[f"{kind}_error"] = max(_error(calls[kind], calls[FLOAT], image) for image in images(4, start=2000))
-            row[f"{kind}_build_s"] = round(told["seconds"][kind], 1)
         rows.append(row)
         print({key: value for key, value in row.items() if not key.endswith("layers")}, flush=True)
     return rows
@@ -180,7 +179,7 @@ def main() -> None:
         for p in ("f32", "bf16")
     }
     columns = ["model", "precision", f"{OURS}_ms", f"{THEIRS}_ms", f"{FLOAT}_ms", "ratio", "low", "high"]
-    columns += [f"{kind}_{what}" for what in ("int8", "error", "build_s") for kind in (OURS, THEIRS)]
+    columns += [f"{kind}_{what}" for what in ("int8", "error") for kind in (OURS, THEIRS)]
     _results.write(
         options.json,
         title="int8 in OpenVINO: our Q/DQ against NNCF's",
