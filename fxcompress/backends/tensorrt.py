@@ -32,6 +32,7 @@ from fxcompress.backends.tensorrt_lowering import lower_operators
 from fxcompress.backends.tensorrt_onnx import node_names, refuse, verify_inside, verify_onnx
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import cover_examples, ranges_of, settle_profiles
+from fxcompress.backends.tensorrt_scales import move_scales_to_weights
 from fxcompress.backends.tensorrt_weights import spread_block_weights
 from fxcompress.errors import BackendError, OptionError, nearest
 from fxcompress.options import check_types
@@ -174,6 +175,8 @@ class TensorRT(OnnxBackend):
             super().write(graph_module, place, signature, context)
             spread_block_weights(place / MODEL_FILE)
             lower_operators(place / MODEL_FILE)
+            shares_kernels = library is not None and library.is_rtx and not on_device
+            moved = move_scales_to_weights(place / MODEL_FILE) if shares_kernels else 0
             context.progress("check the ONNX file")
             origins = Origins(graph_module, node_names(place / MODEL_FILE))
             refuse(check_onnx(place / MODEL_FILE), origins)
@@ -202,6 +205,7 @@ class TensorRT(OnnxBackend):
             "profiles": [profile.sizes for profile in profiles],
             "compute_capabilities": capabilities,
             "sparse_2_4": sparse,
+            "scales_in_weights": moved,
         }
         if on_device:
             context.progress("write the device bundle")

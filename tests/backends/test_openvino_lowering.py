@@ -81,3 +81,53 @@ def test_only_what_differs_from_place_to_place_is_rewritten(tmp_path: Path) -> N
     assert operators == ["Unsqueeze", "Mul", "Squeeze", "Conv"]
     onnx.checker.check_model(onnx.load(path), full_check=True)
     assert lower_operators(path) == 0
+
+
+class Shared(nn.Module):
+    """What a recurrent layer reads is read by another one too, or transposed."""
+
+    def __init__(self, kinds: list[type[nn.RNNBase]]) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(8, 8), nn.ModuleList([kind(8, 6) for kind in kinds])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.embed(x)
+        return [layer(x)[0] for layer in self.layers], x.transpose(0, 1).amax(1)
+
+
+@pytest.mark.parametrize(
+    "layers", [[nn.GRU], [nn.LSTM], [nn.RNN], [nn.GRU, nn.GRU], [nn.LSTM, nn.GRU, nn.RNN]], ids=str
+)
+def test_what_a_recurrent_layer_reads_is_right_for_others(layers: Any) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model = Shared(layers).eval()
+    sizes = ({1: "batch"},)
+    compiled = fxc.compile(model, example_inputs=(torch.randn(7, 2, 8),), dynamic_shapes=sizes, progress=False)
+    with compiled.export("openvino") as engine:
+        for batch in (1, 3):
+            x = torch.randn(7, batch, 8)
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_a_maximum_and_a_recurrent_layer_read() -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend, self.gru = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 6, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            found = self.attend(x, x, x, need_weights=False)[0]
+            return found.amax(1), self.gru(found)[0]
+
+    model = Pooled().eval()
+    with fxc.compile(model, example_inputs=(torch.randn(2, 7, 8),), progress=False).export("openvino") as engine:
+        x = torch.randn(3, 7, 8)
+        for got, want in zip(engine(x), model(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_recurrent_layer_that_reads_alone_is_left(tmp_path: Path) -> None:
+    path = written(nn.GRU(8, 6, batch_first=True), torch.randn(2, 7, 8), tmp_path / "model.onnx")
+    assert lower_operators(path) == 0
