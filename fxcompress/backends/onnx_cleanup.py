@@ -115,7 +115,7 @@ def _plain_outputs(graph: ir.Graph) -> None:
 def _name_ends(graph: ir.Graph, input_names: Sequence[str], output_names: Sequence[str]) -> None:
     ends = {id(value): name for value, name in zip(graph.inputs, input_names, strict=True)}
     ends |= {id(value): name for value, name in zip(graph.outputs, output_names, strict=True)}
-    values = [value for value in _values(graph) if id(value) not in ends]
+    values = [value for value in _values(graph) if id(value) not in ends and value.name]  # an unused one has none
     taken = set(ends.values())
     used = taken.union(value.name or "" for value in values)
     for value in values:  # a parameter and an operation may have one name: fx keeps names of nodes apart, no others
