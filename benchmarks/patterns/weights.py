@@ -109,3 +109,27 @@ def low_rank_adapter(m, x):
 @tokens(lambda: {"a": nn.Linear(16, 12).requires_grad_(False), "b": nn.Linear(12, 16)})
 def frozen_layer(m, x):
     return m.b(F.relu(m.a(x)))
+
+
+def _matrix(*shape):
+    return nn.Parameter(torch.randn(*shape) * 0.2)
+
+
+@tokens(lambda: {"a": _matrix(16, 24), "bias": _matrix(24), "b": _matrix(12, 24)}, out=12)
+def products_with_parameters(m, x):
+    return F.relu(x @ m.a + m.bias) @ m.b.t()
+
+
+@tokens(lambda: {"gate": nn.Linear(16, 4), "a": _matrix(4, 16, 24), "b": _matrix(4, 24, 12)}, out=12)
+def experts_by_einsum(m, x):
+    hidden = F.gelu(torch.einsum("bti,eih->bteh", x, m.a))
+    return torch.einsum("bteh,eho,bte->bto", hidden, m.b, m.gate(x).softmax(-1))
+
+
+@tokens(
+    lambda: {"gate": nn.Linear(16, 4), "a": _matrix(4, 16, 24), "bias": _matrix(4, 1, 24), "b": _matrix(4, 24, 12)},
+    out=12,
+)
+def experts_by_product(m, x):
+    hidden = F.gelu(torch.matmul(x.unsqueeze(1), m.a) + m.bias)
+    return (torch.matmul(hidden, m.b) * m.gate(x).softmax(-1).mT.unsqueeze(-1)).sum(1)

@@ -188,7 +188,7 @@ class PruneChannels(Pass):
         chosen, skipped = [], list(plan.pinned())
         for group in plan.groups:
             if any(matches(pattern, layer) for pattern in self.ignore for layer in group.layers):
-                site = group.layers[0].rpartition(".")[0]
+                site = group.layers[0].rpartition(".")[0] or group.layers[0]
                 skipped.append(Skip(site, "ignored", "it matches a pattern of ignore", group.layers[1:]))
             else:
                 chosen.append(group)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcompress.analysis.dependency.builder import Builder, Rule
+from fxcompress.analysis.dependency.convolution import made_by
 from fxcompress.analysis.dependency.elementwise import broadcast
 from fxcompress.analysis.dependency.layout import Dim, Layout, inert, is_live, size_of
 from fxcompress.analysis.dependency.overloads import overloads
@@ -20,6 +21,9 @@ from fxcompress.capture.raising import call_arguments
 __all__ = ["RULES"]
 
 aten = torch.ops.aten
+
+
+_STEPS = 8  # from a parameter to a product: transposed, viewed, expanded
 
 
 def multiplied(b: Builder, node: fx.Node, left: Layout, right: Layout) -> Layout:
@@ -32,7 +36,27 @@ def multiplied(b: Builder, node: fx.Node, left: Layout, right: Layout) -> Layout
 
 
 def _matmul(b: Builder, node: fx.Node) -> Layout:
-    return multiplied(b, node, b.layout(node.args[0]), b.layout(node.args[1]))
+    left, right = node.all_input_nodes[0], node.all_input_nodes[-1]
+    layouts = b.layout(left), b.layout(right)
+    # A product with a parameter is a layer without a module: the parameter's free side counts what it makes.
+    if _is_parameter(b, left) != _is_parameter(b, right):
+        if _is_parameter(b, right) and len(layouts[1]) > 1:
+            made_by(b, right, layouts[1][-1])
+        elif _is_parameter(b, left) and len(layouts[0]) > 1:
+            made_by(b, left, layouts[0][-2])
+    return multiplied(b, node, *layouts)
+
+
+def _is_parameter(b: Builder, node: fx.Node) -> bool:
+    """Whether a value is a parameter, perhaps moved."""
+    for _ in range(_STEPS):
+        if node.op != "call_function" or len(node.all_input_nodes) != 1:
+            break
+        node = node.all_input_nodes[0]
+    if node.op != "get_attr":
+        return False
+    owner, _, name = str(node.target).rpartition(".")
+    return isinstance(getattr(b.graph_module.get_submodule(owner), name), nn.Parameter)
 
 
 def _addmm(b: Builder, node: fx.Node) -> Layout:
@@ -72,6 +96,7 @@ def _einsum(b: Builder, node: fx.Node) -> Layout:
     given: Any = node.args[1]
     layouts = [b.layout(operand) for operand in given]
     terms, result = _letters(str(node.args[0]), [len(layout) for layout in layouts])
+    parameters = [_is_parameter(b, operand) for operand in given]
     dims: dict[Any, list[Dim]] = {}
     for term, layout in zip(terms, layouts, strict=True):
         for letter, dim in zip(term, layout, strict=True):
@@ -81,6 +106,11 @@ def _einsum(b: Builder, node: fx.Node) -> Layout:
     for letter, found in dims.items():
         if letter not in result:
             contract(b, node, found)
+    if not all(parameters):  # what a parameter alone brings to the result, it makes
+        for operand, term, is_parameter in zip(given, terms, parameters, strict=True):
+            if is_parameter:
+                for letter in (letter for letter in term if letter in result and len(dims[letter]) == 1):
+                    made_by(b, operand, dims[letter][0])
     return tuple(combine(b, node, dims[letter], product) for letter in result)
 
 

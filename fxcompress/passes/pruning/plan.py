@@ -87,7 +87,7 @@ class Plan:
             labels = [block.labels.reshape(-1) for dim in dims for block in blocks(self.builder.weights[path][dim])]
             if not labels or self.solution.removable[self.solution.class_of[np.concatenate(labels)]].any():
                 continue
-            site = path.rpartition(".")[0]
+            site = path.rpartition(".")[0] or path
             node, reason = self.reason(labels[0][0])
             skips.setdefault(
                 site, Skip(site, "pinned", f"{reason} ({node})" if node else reason, (node,) if node else ())
