@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.errors import PreconditionError
+from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import flat_inputs
 
-__all__ = ["Batch", "as_batch", "batches"]
+__all__ = ["Batch", "as_batch", "batches", "check_limit"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,16 @@ def batches(
             where="calibration data",
             remedy="give a list or a DataLoader; a generator that was read once is empty",
         )
+
+
+def check_limit(limit: int | None) -> None:
+    """The option ``batches`` of a pass: most batches to read, or None.
+
+    Raises:
+        OptionError: it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise OptionError(f"batches={limit} is below 1", where="batches", remedy="None reads all")
 
 
 def as_batch(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from fxcompress.errors import OptionError
+from fxcompress.graph.batches import check_limit
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite
 from fxcompress.quantization.account import described
 from fxcompress.quantization.calibrate import calibrate
@@ -23,7 +24,8 @@ class Calibrate(Pass):
 
     Attributes:
         data: batches: what the model takes, or that and labels.
-        observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``entropy``.
+        observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram``, ``entropy``;
+            ``damage`` takes for each the one that moves the outputs least, through gradients on a few samples.
         weights: observer of weights: ``minmax`` or ``mse``.
         percentile: share of values that ``percentile`` covers.
         batches: how many to read at most; None reads all.
@@ -32,13 +34,14 @@ class Calibrate(Pass):
     name: ClassVar[str] = "calibrate"
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     data: Iterable[Any]
-    observer: str = "mse"
+    observer: str = "damage"
     weights: Literal["minmax", "mse"] = "minmax"
     percentile: float = 99.99
     batches: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limit(self.batches)
         check_observer(self.observer)
         if not 50 < self.percentile <= 100:
             raise OptionError(f"percentile={self.percentile} is outside (50, 100]", where="percentile")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from fxcompress.errors import OptionError
+from fxcompress.graph.batches import check_limit
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.shapes import require_shapes
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
@@ -23,12 +24,14 @@ from fxcompress.quantization.mixed_precision import fewest, output_error
 from fxcompress.quantization.noise import layer_noise
 from fxcompress.quantization.observers import check_observer
 from fxcompress.quantization.placement import Placement
+from fxcompress.quantization.repair import Repaired, repair, repairable
 from fxcompress.quantization.schemes import Scheme, scheme_of
 
 __all__ = ["Quantize"]
 
 _NOISE_BATCHES = 4  # that the signal-to-noise ratios are measured on
 _SAMPLES = 128  # that the error of the outputs is measured on
+_REPAIR_SAMPLES = 64  # that biases are corrected on
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Quantize(Pass):
     Attributes:
         data: batches for calibration: what the model takes, or that and labels.
         scheme: ``onnxruntime``, ``openvino`` or ``tensorrt``.
-        observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``entropy``.
+        observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram``, ``entropy``;
+            ``damage`` takes for each the one that moves the outputs least, through gradients on a few samples.
         weights: observer of weights: ``minmax`` or ``mse``.
         percentile: share of values that ``percentile`` covers.
         batches: how many to read at most; None reads all.
@@ -50,6 +54,7 @@ class Quantize(Pass):
         weight_bits: 8, or 7 for x64 processors without VNNI; 4 for a float kernel on small weights.
         equalize: bring the channels that depthwise convolutions read to one range first, where that leaves the
             function as it is.
+        correct_bias: take the mean error of each channel off, as ``CorrectBias`` does, on at most 64 samples.
         max_drop: leave the fewest layers in floating point that keep the drop of ``metric`` at this at most. The order
             is that of the damage which the rounding around each layer does to the outputs, to first order.
         metric: a figure of a graph, higher is better: accuracy on your validation data. Without one the drop is the
@@ -60,7 +65,7 @@ class Quantize(Pass):
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     data: Iterable[Any]
     scheme: str = "onnxruntime"
-    observer: str = "mse"
+    observer: str = "damage"
     weights: Literal["minmax", "mse"] = "minmax"
     percentile: float = 99.99
     batches: int | None = None
@@ -69,11 +74,13 @@ class Quantize(Pass):
     ends: Literal["quantize", "float"] = "quantize"
     weight_bits: Literal[4, 7, 8] = 8
     equalize: bool = True
+    correct_bias: bool = True
     max_drop: float | None = None
     metric: Callable[[fx.GraphModule], float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limit(self.batches)
         scheme_of(self.scheme)
         check_observer(self.observer)
         if not 50 < self.percentile <= 100:
@@ -90,7 +97,7 @@ class Quantize(Pass):
             skip = Skip("all", "already_quantized", "the graph has quantization stubs; Calibrate sets them anew")
             return PassResult(graph_module, (), (skip,))
         data = self.data if hasattr(self.data, "__len__") else list(islice(self.data, self.batches))
-        floating, known = copy_graph(graph_module), dict[str, Any]()
+        floating, known = copy_graph(graph_module), dict[Any, Any]()
         equalized: list[str] = []
         if self.equalize:
             equalized = equalize_depthwise(floating, data, limit=self.batches, progress=context.progress)
@@ -105,7 +112,7 @@ class Quantize(Pass):
         if not made.placement.layers:
             return PassResult(graph_module, (), tuple(_left(made.placement, kept)), note)
         noise = layer_noise(floating, made.graph_module, made.placement.layers, data, limit=_NOISE_BATCHES)
-        details = layer_details(made.placement, made.scheme, made.grids, noise)
+        details = layer_details(made.placement, made.scheme, made.grids, noise, made.repaired)
         order = sorted(details, key=lambda path: noise[path].decibels)
         rewrites = [Rewrite(path, f"{noise[path].decibels:.1f} dB", details[path]) for path in order]
         told = (
@@ -114,6 +121,9 @@ class Quantize(Pass):
         )
         if equalized:
             told += f"; the channels that {len(equalized)} depthwise convolutions read have one range"
+        empty = sum(grid.low == grid.high == 0 for grid in made.grids if not grid.path.endswith(".weight_quantizer"))
+        if empty:
+            told += f"; {empty} {'value was' if empty == 1 else 'values were'} zero on all data"
         skipped = tuple(_left(made.placement, kept))
         return PassResult(made.graph_module, tuple(rewrites), skipped, "; ".join(filter(None, (told, note))))
 
@@ -122,7 +132,7 @@ class Quantize(Pass):
         floating: fx.GraphModule,
         data: Iterable[Any],
         context: PassContext,
-        known: dict[str, Any],
+        known: dict[Any, Any],
         kept: Collection[str],
     ) -> _Made:
         """Quantized, with these layers beside the ignored ones in floating point."""
@@ -143,10 +153,14 @@ class Quantize(Pass):
                 known=known,
             )
             drop_limits(made)
-        return _Made(made, placement, scheme, grids)
+        repaired: dict[str, Repaired] = {}
+        if placement.layers and self.correct_bias:
+            paths, _ = repairable(made)
+            repaired = repair(made, data, paths, samples=_REPAIR_SAMPLES, limit=self.batches, progress=context.progress)
+        return _Made(made, placement, scheme, grids, repaired)
 
     def _mixed(
-        self, floating: fx.GraphModule, whole: _Made, data: Iterable[Any], context: PassContext, known: dict[str, Any]
+        self, floating: fx.GraphModule, whole: _Made, data: Iterable[Any], context: PassContext, known: dict[Any, Any]
     ) -> tuple[dict[str, str], str, _Made]:
         """The fewest layers in floating point that keep the drop in bounds: why each, a note, and the result."""
         assert self.max_drop is not None
@@ -194,6 +208,7 @@ class _Made:
     placement: Placement
     scheme: Scheme
     grids: list[Calibrated]
+    repaired: Mapping[str, Repaired]
 
 
 def _left(placement: Placement, kept: Mapping[str, str]) -> Iterator[Skip]:

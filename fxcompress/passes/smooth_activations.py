@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxcompress.analysis.scaling import Factors, Scaling, apply_factors, scaling
 from fxcompress.analysis.statistics import MeanSquare, Range, Statistics, collect
 from fxcompress.errors import OptionError
+from fxcompress.graph.batches import check_limit
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.quantization.equalization import ALPHAS, SiteRange, expected_noise, smooth
@@ -59,6 +60,7 @@ class SmoothActivations(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limit(self.batches)
         if not isinstance(self.alpha, str) and not 0 <= self.alpha <= 1:
             raise OptionError(f"alpha={self.alpha} is outside [0, 1]", where="alpha", remedy="0.5 is usual")
 
@@ -73,7 +75,9 @@ class SmoothActivations(Pass):
             skipped.append(Skip("all", "nothing_to_smooth", "no linear layer of this graph can be smoothed."))
             return PassResult(graph_module, (), tuple(skipped))
         requests = {node.name: (_RANGE, _SQUARE) for site in sites for nodes in site.layers.values() for node in nodes}
-        statistics = collect(graph_module, self.data, requests, limit=self.batches, progress=context.progress)
+        statistics = collect(
+            graph_module, self.data, requests, limit=self.batches, progress=context.progress, padding=False
+        )
         factors = Factors(graph_module, found)
         rewrites: list[Rewrite] = []
         loose: list[tuple[_Site, torch.Tensor]] = []

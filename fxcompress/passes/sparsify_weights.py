@@ -11,6 +11,7 @@ from torch import fx
 
 from fxcompress.analysis.sparsity import UNSTRUCTURED, mark_sparse, pattern_of, sparse_weights
 from fxcompress.errors import OptionError
+from fxcompress.graph.batches import check_limit
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.registry import as_pass
@@ -83,8 +84,7 @@ class SparsifyWeights(Pass):
                 raise OptionError(f"the sparsity {share} of {pattern!r} is outside [0, 1)", where="sparsities")
         if not 0 < self.max_sparsity <= 1:
             raise OptionError(f"max_sparsity={self.max_sparsity} is outside (0, 1]", where="max_sparsity")
-        if self.batches is not None and self.batches < 1:
-            raise OptionError(f"batches={self.batches} is below 1", where="batches")
+        check_limit(self.batches)
         if self.method != "magnitude" and self.calibration is None:
             raise OptionError(
                 f"method={self.method!r} needs data", where="calibration", remedy="give calibration=<batches>"

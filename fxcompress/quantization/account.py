@@ -15,7 +15,11 @@ __all__ = ["described", "layer_details", "repair_details"]
 
 
 def layer_details(
-    placement: Placement, scheme: Scheme, grids: Iterable[Calibrated] = (), noise: Mapping[str, Noise] | None = None
+    placement: Placement,
+    scheme: Scheme,
+    grids: Iterable[Calibrated] = (),
+    noise: Mapping[str, Noise] | None = None,
+    repaired: Mapping[str, Repaired] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each quantized layer what the report tells of it."""
     by_layer = {grid.values[0]: grid for grid in grids if grid.path.endswith(".weight_quantizer")}
@@ -31,6 +35,8 @@ def layer_details(
                 detail["note"] = by_layer[path].note
         if noise is not None and path in noise:
             detail["signal_to_noise_db"] = noise[path].decibels
+        if repaired is not None and path in repaired:
+            detail["largest_shift"] = repaired[path].shift
         details[path] = detail
     return details
 

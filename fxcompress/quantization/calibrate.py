@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ from torch import fx
 
 from fxcompress.analysis.statistics import collect
 from fxcompress.errors import PreconditionError
+from fxcompress.graph.batches import as_batch
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.edit import GraphEditor
+from fxcompress.quantization.damage import SAMPLES, damage_of_grids
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
-from fxcompress.quantization.observers import observed_range, statistic_of, weight_range
-from fxcompress.quantization.types import parameters_of_range
+from fxcompress.quantization.observers import CANDIDATES, extremes, observed_range, statistic_of, weight_range
+from fxcompress.quantization.types import QuantType, parameters_of_range
 
 __all__ = ["Calibrated", "calibrate", "stubs_of"]
 
@@ -62,22 +64,24 @@ def calibrate(
     percentile: float = 99.99,
     limit: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-    known: dict[str, Any] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> list[Calibrated]:
     """Set the grid of every stub. Activations are those of the model in floating point.
 
     Args:
         graph_module: has stubs; it is changed.
         data: batches as for :func:`fxcompress.analysis.statistics.collect`.
-        observer: of activations.
+        observer: of activations. ``damage`` reads the first samples again, there and back.
         weight_observer: ``minmax`` or ``mse``.
         percentile: for the observer of that name.
         limit: most batches to read.
         progress: called with (done, total, what).
-        known: what was seen of values on the same data before, by the name of their node; new ones are added.
+        known: what was seen of values on the same data before, by the name of their node, and ranges chosen by damage,
+            by the names of the nodes that share them; new ones are added.
 
     Raises:
-        PreconditionError: there are no stubs, the data is empty or does not fit, or an activation is not finite.
+        PreconditionError: there are no stubs, the data is empty or does not fit, or an activation is not finite or
+            never had an element.
     """
     stubs = stubs_of(graph_module)
     layers = _quantized_layers(graph_module)
@@ -88,24 +92,74 @@ def calibrate(
     known = {} if known is None else known
     wanted = {str(node.args[0]): statistic for nodes in stubs.values() for node in nodes}
     requests = {name: statistic for name in wanted if name not in known}
+    read = _Remembered(floating, data) if isinstance(data, Iterator) else data
     if requests or not wanted:
-        found = collect(floating, data, requests, limit=limit, progress=progress)
+        found = collect(floating, read, requests, limit=limit, progress=progress, padding=False)
         known.update({name: found[name, statistic] for name in requests})
+    kinds = {path: _fresh(graph_module, path).kind for path in stubs}
+    values = {path: tuple(str(node.args[0]) for node in nodes) for path, nodes in stubs.items()}
+    seen = {path: [known[value] for value in values[path]] for path in stubs}
+    if observer == "damage":
+        fresh = {path: found for path, found in seen.items() if values[path] not in known}
+        chosen = _least_damage(floating, read, fresh, kinds, percentile, limit)
+        known.update({values[path]: ends for path, ends in chosen.items()})
+        ranges = {path: known[values[path]] for path in stubs}
+    else:
+        ranges = {path: observed_range(observer, seen[path], kinds[path], percentile) for path in stubs}
     told: list[Calibrated] = []
     with GraphEditor(graph_module) as editor:
-        for path, nodes in stubs.items():
-            values = tuple(str(node.args[0]) for node in nodes)
-            quantizer = _fresh(graph_module, path)
-            seen = [known[value] for value in values]
-            low, high = observed_range(observer, seen, quantizer.kind, percentile)
-            grid = parameters_of_range(torch.tensor(low), torch.tensor(high), quantizer.kind)
-            quantizer.set(*grid)
+        for path, (low, high) in ranges.items():
+            quantizer = _gridded(graph_module, path, low, high)
             editor.set_module(path, quantizer, reshaped=False)
-            note = "all values were zero: any scale serves" if low == high == 0 else ""
-            told.append(Calibrated(path, values, low, high, float(grid[0]), int(grid[1]), note))
+            scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+            told.append(Calibrated(path, values[path], low, high, scale, zero, _unusual(*extremes(seen[path]))))
         for path in layers:
             told.append(_set_weight(graph_module, editor, path, weight_observer))
     return told
+
+
+class _Remembered:
+    """An iterator whose first samples can be read again."""
+
+    def __init__(self, graph_module: fx.GraphModule, data: Iterator[Any]) -> None:
+        self.graph_module, self.data, self.first = graph_module, data, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.first:
+            yield from self.first
+            return
+        samples = 0
+        for batch in self.data:
+            yield batch
+            if samples < SAMPLES:
+                self.first.append(batch)
+                samples += as_batch(self.graph_module, batch).size
+
+
+def _least_damage(
+    floating: fx.GraphModule,
+    data: Iterable[Any],
+    seen: Mapping[str, list[Any]],
+    kinds: Mapping[str, QuantType],
+    percentile: float,
+    limit: int | None,
+) -> dict[str, tuple[float, float]]:
+    """For each stub the range of those that the candidates give which moves the outputs least."""
+    ranges = {
+        path: list(dict.fromkeys(observed_range(name, found, kinds[path], percentile) for name in CANDIDATES))
+        for path, found in seen.items()
+    }
+    grids = {path: [_gridded(floating, path, *ends) for ends in found] for path, found in ranges.items()}
+    open_ = {path: found for path, found in grids.items() if len(found) > 1}
+    damage = damage_of_grids(floating, data, open_, limit=limit) if open_ else {}
+    best = {path: min(range(len(found)), key=found.__getitem__) for path, found in damage.items()}
+    return {path: found[best.get(path, 0)] for path, found in ranges.items()}
+
+
+def _unusual(low: float, high: float) -> str:
+    if low != high:
+        return ""
+    return "all values were zero: any scale serves" if low == 0 else "all values were the same"
 
 
 def _set_weight(graph_module: fx.GraphModule, editor: GraphEditor, path: str, observer: str) -> Calibrated:
@@ -117,8 +171,9 @@ def _set_weight(graph_module: fx.GraphModule, editor: GraphEditor, path: str, ob
     scale, zero = parameters_of_range(low, high, quantizer.kind)
     quantizer.set(scale, zero)
     layer.add_module("weight_quantizer", quantizer)
+    layer.restore_bias()  # it made up for another grid
     dead = int((torch.as_tensor(high - low) == 0).sum())
-    note = f"{dead} channels are all zero" if dead else ""
+    note = f"{dead} {'channel is' if dead == 1 else 'channels are'} all zero" if dead else ""
     top = int(scale.argmax()) if scale.dim() else 0
     return Calibrated(
         f"{path}.weight_quantizer",
@@ -135,6 +190,13 @@ def _quantized_layers(graph_module: fx.GraphModule) -> list[str]:
     kinds = tuple(QUANTIZED.values())
     paths = dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="call_module"))
     return [path for path in paths if isinstance(graph_module.get_submodule(path), kinds)]
+
+
+def _gridded(graph_module: fx.GraphModule, path: str, low: float, high: float) -> Quantizer:
+    """A stub like the one at ``path`` with the grid of a range."""
+    quantizer = _fresh(graph_module, path)
+    quantizer.set(*parameters_of_range(torch.tensor(low), torch.tensor(high), quantizer.kind))
+    return quantizer
 
 
 def _fresh(graph_module: fx.GraphModule, path: str) -> Quantizer:

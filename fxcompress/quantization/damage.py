@@ -2,26 +2,32 @@
 
 To first order a rounding error Δ at a value moves the outputs by J Δ, J being the Jacobian of the outputs there. With
 random signs v on the outputs, E (vᵀ J Δ)² = ‖J Δ‖² (Hutchinson 1989), and vᵀ J for every value of the graph is one
-backward pass. So the damage of each stub alone costs a forward and a backward pass in all, not one run for each layer.
+backward pass. So the damage of each stub alone costs a forward and a backward pass in all, not one run for each layer,
+and several grids for each stub cost hardly more than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import batches
 from fxcompress.graph.copying import copy_graph
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 
-__all__ = ["Damage", "measure_damage"]
+__all__ = ["SAMPLES", "Damage", "damage_of_grids", "measure_damage"]
 
 _LAYERS = tuple(QUANTIZED.values())
+SAMPLES = 32
+"""That damage is measured on."""
+
+_Error = Callable[[torch.Tensor], torch.Tensor]  # what rounding adds to a value
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Damage:
     layers: Mapping[str, float] = field(default_factory=dict)
 
 
-def measure_damage(graph_module: fx.GraphModule, data: Iterable[Any], *, samples: int = 32) -> Damage:
+def measure_damage(graph_module: fx.GraphModule, data: Iterable[Any], *, samples: int = SAMPLES) -> Damage:
     """The damage of every stub of a calibrated graph, each on its own.
 
     Args:
@@ -48,74 +54,140 @@ def measure_damage(graph_module: fx.GraphModule, data: Iterable[Any], *, samples
         samples: more make the estimate steadier.
 
     Raises:
-        PreconditionError: the data is empty or does not fit.
+        PreconditionError: the data is empty or does not fit, or the graph cannot be differentiated.
     """
-    copied = copy_graph(graph_module)
-    for module in copied.modules():
-        module.training = False
-    runner = _Runner(copied)
+    copied = _frozen(graph_module)
+    runner = _Runner(copied, None)
+    power = _total_power(runner, data, samples)
+    weights = {path: found[0] / power for path, found in runner.weights.items()}
+    stubs = {path: found[0] / power for path, found in runner.stubs.items()}
+    return Damage(weights, stubs, _by_layer(copied, weights, stubs))
+
+
+def damage_of_grids(
+    graph_module: fx.GraphModule,
+    data: Iterable[Any],
+    grids: Mapping[str, Sequence[Quantizer]],
+    *,
+    samples: int = SAMPLES,
+    limit: int | None = None,
+) -> dict[str, list[float]]:
+    """What each of several grids for each stub would do to the outputs, all from the same walk.
+
+    Args:
+        graph_module: with stubs; what layers do to their weights is left out. Left as it is.
+        data: as for :func:`measure_damage`.
+        grids: path of a stub → what could stand there.
+        samples: likewise.
+        limit: most batches to read.
+
+    Returns:
+        path → damage of each of its grids; nothing for stubs that the outputs do not depend on.
+
+    Raises:
+        PreconditionError: the data is empty or does not fit, or the graph cannot be differentiated.
+    """
+    runner = _Runner(_frozen(graph_module), grids)
+    power = _total_power(runner, data, samples, limit)
+    return {path: [total / power for total in found] for path, found in runner.stubs.items()}
+
+
+def _total_power(runner: _Runner, data: Iterable[Any], samples: int, limit: int | None = None) -> float:
     generator = torch.Generator().manual_seed(0)
     power, seen = 0.0, 0
-    for batch in batches(copied, data):
+    for batch in batches(runner.graph_module, data, limit=limit):
         power += runner.add(batch.leaves, generator)
         seen += batch.size
         if seen >= samples:
             break
-    weights = {path: total / max(power, 1e-30) for path, total in runner.weights.items()}
-    stubs = {path: total / max(power, 1e-30) for path, total in runner.stubs.items()}
-    return Damage(weights, stubs, _by_layer(copied, weights, stubs))
+    return max(power, 1e-30)
+
+
+def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in eval mode, on the same memory, whose weights want no gradients: only values have some."""
+    copied = copy_graph(graph_module)
+    for module in copied.modules():
+        module.training = False
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    return copied
 
 
 class _Runner(fx.Interpreter):
-    """Runs the graph in floating point with gradients; keeps what each stub would add to its value."""
+    """Runs the graph in floating point, there and back; adds up what each stub would move as its gradient comes."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, grids: Mapping[str, Sequence[Quantizer]] | None) -> None:
         super().__init__(graph_module)
-        self.weights: dict[str, float] = {}
-        self.stubs: dict[str, float] = {}
-        self.errors: list[tuple[dict[str, float], str, torch.Tensor, torch.Tensor]] = []
+        self.graph_module = graph_module
+        self.grids = grids
+        self.weights: dict[str, list[float]] = {}
+        self.stubs: dict[str, list[float]] = {}
+        self.sources: list[torch.Tensor] = []  # where differentiation ends
 
     def add(self, leaves: list[Any], generator: torch.Generator) -> float:
         """Take in one batch; the square of its outputs."""
-        self.errors = []
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             given = [x.detach().requires_grad_() if _is_real(x) else x for x in leaves]
+            self.sources = [x for x in given if _is_real(x)]
             outputs = super().run(*given, enable_io_processing=False)
             found = [x for x in _leaves(outputs) if _is_real(x) and x.requires_grad]
-            power = sum(float(x.detach().double().square().sum()) for x in found)
             signs = [
                 (torch.randint(2, x.shape, generator=generator, dtype=x.dtype) * 2 - 1).to(x.device) for x in found
             ]
-            values = [value for *_, value, _ in self.errors]
-            gradients = torch.autograd.grad(found, values, signs, allow_unused=True)
-        for (totals, path, _, error), gradient in zip(self.errors, gradients, strict=True):
-            moved = 0.0
-            if gradient is not None:
-                product = (gradient * error).double()
-                per_sample = product.flatten(1).sum(1) if product.dim() > 1 else product.sum()
-                moved = float(per_sample.square().sum())
-            totals[path] = totals.get(path, 0.0) + moved
-        self.errors = []
-        return power
+            try:
+                if found:
+                    torch.autograd.grad(found, self.sources, signs, allow_unused=True)
+            except RuntimeError as error:
+                raise PreconditionError(
+                    f"the graph cannot be differentiated: {str(error).splitlines()[0]}",
+                    remedy="choose an observer that needs no gradients, such as mse; leave max_drop out",
+                ) from error
+        self.sources = []
+        return sum(float(x.detach().double().square().sum()) for x in found)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer: Any = self.fetch_attr(target)
         if isinstance(layer, Quantizer):
+            rounding = [layer] if self.grids is None else self.grids.get(target, ())
             value = args[0] * 1  # a value of its own: the stub may serve some of the readers only
-            with torch.no_grad():
-                self.errors.append((self.stubs, target, value, layer(args[0].detach()) - args[0].detach()))
-            return value
-        if not isinstance(layer, _LAYERS):
+            return self._watched(self.stubs, target, value, [_error_of(quantizer) for quantizer in rounding])
+        if not isinstance(layer, _LAYERS) or self.grids is not None:
             return super().call_module(target, args, kwargs)
         quantizer: Any = layer.weight_quantizer
-        with torch.no_grad():
-            rounded = layer(args[0].detach())
         enabled, quantizer.enabled = quantizer.enabled, False
         value = layer(args[0])
         quantizer.enabled = enabled
-        self.errors.append((self.weights, target, value, rounded - value.detach()))
+        read = args[0].detach()
+        return self._watched(self.weights, target, value, [lambda x: layer(read) - x])
+
+    def _watched(
+        self, totals: dict[str, list[float]], path: str, value: torch.Tensor, errors: Sequence[_Error]
+    ) -> torch.Tensor:
+        if not errors:
+            return value
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+            self.sources.append(value)
+        found = totals.setdefault(path, [0.0] * len(errors))
+        held = value.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            with torch.no_grad():
+                for index, error in enumerate(errors):
+                    product = (gradient * error(held)).double()
+                    per_sample = product.flatten(1).sum(1) if product.dim() > 1 else product.sum()
+                    found[index] += float(per_sample.square().sum())
+
+        value.register_hook(add)
         return value
+
+
+def _error_of(quantizer: Quantizer) -> _Error:
+    return lambda x: quantizer(x) - x
 
 
 def _by_layer(

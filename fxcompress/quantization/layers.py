@@ -23,9 +23,36 @@ aten = torch.ops.aten
 
 
 class _Quantized:
-    """What the quantized layers have beside their own: ``weight_quantizer``."""
+    """What the quantized layers have beside their own.
+
+    Attributes:
+        weight_quantizer: of the weight.
+        bias_before: the bias before it was moved to make up for rounding, which serves without rounding; else None.
+    """
 
     weight_quantizer: Quantizer
+    weight: Any
+    bias: Any
+    bias_before: torch.Tensor | None
+
+    @property
+    def bias_now(self) -> Any:
+        """The bias that belongs to the weight as it is now, rounded or not; None or ``[channels]``."""
+        return self.bias if self.bias_before is None or self.weight_quantizer.enabled else self.bias_before
+
+    def move_bias(self, shift: torch.Tensor) -> None:
+        """Add ``shift`` to the bias that goes with the rounded weight; no tensor that was there is written to."""
+        before = torch.zeros_like(shift) if self.bias is None else self.bias.detach()
+        trains = (self.weight if self.bias is None else self.bias).requires_grad
+        if self.bias_before is None:
+            self.bias_before = before.to(self.weight.dtype)
+        self.bias = nn.Parameter((before.double() + shift.double()).to(self.weight.dtype), trains)
+
+    def restore_bias(self) -> None:
+        """Take back all that :meth:`move_bias` did."""
+        if self.bias_before is not None:
+            self.bias = nn.Parameter(self.bias_before, self.bias.requires_grad)
+            self.bias_before = None
 
     @property
     def stored_as(self) -> dict[str, torch.dtype]:
@@ -37,13 +64,13 @@ class QuantizedLinear(_Quantized, nn.Linear):
     """A linear layer with a quantized weight; shapes as :class:`torch.nn.Linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.weight_quantizer(self.weight), self.bias)
+        return nn.functional.linear(input, self.weight_quantizer(self.weight), self.bias_now)
 
 
 class _QuantizedConv(_Quantized):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         conv: Any = self
-        result: torch.Tensor = conv._conv_forward(input, conv.weight_quantizer(conv.weight), conv.bias)
+        result: torch.Tensor = conv._conv_forward(input, conv.weight_quantizer(conv.weight), conv.bias_now)
         return result
 
 
@@ -80,6 +107,7 @@ def quantized_layer(layer: nn.Module, kind: QuantType, *, per_channel: bool) -> 
         made.__dict__[name] = value.copy() if isinstance(value, (dict, list, set)) else value
     axis = 0 if per_channel else None  # output channels
     weight: Any = layer.weight
+    made.register_buffer("bias_before", None)
     made.add_module("weight_quantizer", Quantizer(kind, axis, weight.shape[axis] if axis is not None else None))
     return made
 
@@ -139,12 +167,15 @@ _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dil
 def _register(plain: type[nn.Module], names: tuple[str, ...]) -> None:
     def config(layer: Any) -> dict[str, Any]:
         told = {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+        told["moved_bias"] = layer.bias_before is not None
         return told | {"quantizer": quantizer_config(layer.weight_quantizer)}
 
     def build(told: dict[str, Any]) -> nn.Module:
-        quantizer = quantizer_from(told.pop("quantizer"))
+        quantizer, moved = quantizer_from(told.pop("quantizer")), told.pop("moved_bias", False)
         made = quantized_layer(plain(**told, device="meta"), quantizer.kind, per_channel=quantizer.axis is not None)
         made.weight_quantizer = quantizer
+        if moved:
+            made.bias_before = torch.empty_like(made.bias)
         result: nn.Module = made
         return result
 

@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from fxcompress.analysis.statistics.padding import real_positions, without_padding
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import batches
 from fxcompress.graph.copying import copy_graph
@@ -114,6 +115,8 @@ def layer_noise(
 ) -> dict[str, Noise]:
     """Run both graphs on data and compare what these layers give; a layer called several times counts as one.
 
+    What linear layers give at positions that a batch's mask says are padding does not count.
+
     Args:
         floating: the graph before quantization.
         quantized: the graph after it.
@@ -127,11 +130,18 @@ def layer_noise(
         if str(node.target) in set(layers)
     }
     sums = {path: _Sums() for path in layers}
+    linear = {path for path in layers if isinstance(quantized.get_submodule(path), nn.Linear)}
+    kept: dict[str, torch.Tensor] = {}
+
+    def compare(name: str, found: torch.Tensor) -> None:
+        path = calls[name]
+        expected, found = (without_padding(x, real if path in linear else None) for x in (kept.pop(name), found))
+        sums[path].add(expected, found)
+
     for batch in batches(quantized, data, limit=limit):
-        reference = _Recorder(floating, calls)
-        reference.run(*batch.leaves)
-        comparing = _Recorder(quantized, calls, reference.kept, sums)
-        comparing.run(*batch.leaves)
+        real = real_positions(quantized, batch.leaves)
+        _Watcher(floating, calls, kept.__setitem__).run(*batch.leaves)
+        _Watcher(quantized, calls, compare).run(*batch.leaves)
     return {path: found.noise() for path, found in sums.items()}
 
 
@@ -157,22 +167,17 @@ class _Sums:
         return Noise(self.signal / count, self.error / count, self.largest, self.peak, self.shift / count)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph in eval mode and keeps what the calls give, or compares it with what another kept."""
+class _Watcher(fx.Interpreter):
+    """Runs a graph in eval mode and hands on what some nodes give."""
 
     def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        calls: Mapping[str, str],
-        expected: dict[str, torch.Tensor] | None = None,
-        sums: Mapping[str, _Sums] | None = None,
+        self, graph_module: fx.GraphModule, names: Collection[str], take: Callable[[str, torch.Tensor], None]
     ) -> None:
         copied = copy_graph(graph_module)
         for module in copied.modules():
             module.training = False
         super().__init__(copied)
-        self.calls, self.expected, self.sums = calls, expected, sums
-        self.kept: dict[str, torch.Tensor] = {}
+        self.names, self.take = names, take
 
     def run(self, *leaves: Any) -> None:  # type: ignore[override]
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -181,9 +186,6 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n.name in self.calls and isinstance(value, torch.Tensor):
-            if self.expected is None:
-                self.kept[n.name] = value
-            elif self.sums is not None and n.name in self.expected:
-                self.sums[self.calls[n.name]].add(self.expected.pop(n.name), value)
+        if n.name in self.names:
+            self.take(n.name, value)
         return value

@@ -2,8 +2,8 @@
 
 ``minmax`` covers all; ``moving_average`` follows the extremes of batches; ``percentile`` leaves out the rarest values;
 ``mse`` clips where rounding and clipping together err least, both ends by the same share, ``histogram`` each end by
-itself; ``entropy`` where the quantized histogram is nearest to
-the original in Kullback-Leibler divergence (Migacz 2017).
+itself; ``entropy`` where the quantized histogram is nearest to the original in Kullback-Leibler divergence (Migacz
+2017). ``damage`` takes for each tensor that of the ranges of others which moves the outputs least.
 """
 
 from __future__ import annotations
@@ -19,10 +19,21 @@ from fxcompress.analysis.statistics.kinds import Accumulator
 from fxcompress.errors import OptionError, nearest
 from fxcompress.quantization.types import QuantType, parameters_of_range
 
-__all__ = ["OBSERVERS", "ObserverName", "check_observer", "observed_range", "statistic_of", "weight_range"]
+__all__ = [
+    "CANDIDATES",
+    "OBSERVERS",
+    "ObserverName",
+    "check_observer",
+    "extremes",
+    "observed_range",
+    "statistic_of",
+    "weight_range",
+]
 
-ObserverName = Literal["minmax", "moving_average", "percentile", "mse", "histogram", "entropy"]
+ObserverName = Literal["damage", "minmax", "moving_average", "percentile", "mse", "histogram", "entropy"]
 OBSERVERS: tuple[str, ...] = get_args(ObserverName)
+CANDIDATES = ("mse", "histogram", "percentile", "minmax")
+"""What ``damage`` chooses from, by what each does to the outputs; see :func:`fxcompress.quantization.calibrate`."""
 
 _SHARES = 64  # clipping points that are tried
 _LEAST_SHARE = 0.1  # of the range, for activations
@@ -74,13 +85,13 @@ def observed_range(observer: str, seen: list[Any], kind: QuantType, percentile: 
     """The range for tensors that share a grid.
 
     Args:
-        observer: one of :data:`OBSERVERS`.
-        seen: what :func:`statistic_of` gave for each of them.
+        observer: one of :data:`OBSERVERS` other than ``damage``, which needs the whole graph.
+        seen: what :func:`statistic_of` gave for each of them; a histogram serves all but ``moving_average``.
         kind: the grid.
         percentile: share of the values to cover, in percent, for ``percentile``.
     """
     if observer in ("moving_average", "minmax"):
-        return min(float(low) for low, _ in seen), max(float(high) for _, high in seen)
+        return extremes(seen)
     histogram = merged(seen)
     if observer == "percentile":
         rest = (1 - percentile / 100) / 2
@@ -95,8 +106,15 @@ def observed_range(observer: str, seen: list[Any], kind: QuantType, percentile: 
     if observer == "histogram":
         return _ends(counts, centres, low, high, shares, kind)
     loss = _squared_error if observer == "mse" else _divergence
-    best = int(loss(counts, centres, low * shares, high * shares, kind).argmin())
+    losses = loss(counts, centres, low * shares, high * shares, kind)
+    best = len(losses) - 1 - int(losses.flip(0).argmin())  # the widest of equals: all are, for a constant
     return low * float(shares[best]), high * float(shares[best])
+
+
+def extremes(seen: list[Any]) -> tuple[float, float]:
+    """Least and greatest value of all that :func:`statistic_of` saw, whatever the observer makes of it."""
+    ends = [(item.low, item.high) if isinstance(item, HistogramValue) else item for item in seen]
+    return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
 
 
 def _ends(

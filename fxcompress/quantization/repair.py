@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxcompress.analysis.statistics.padding import real_positions, without_padding
 from fxcompress.analysis.statistics.patches import patches
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import batches
@@ -48,7 +49,7 @@ class Repaired:
     """What became of one layer.
 
     Attributes:
-        bias: new, float32 ``[channels]``.
+        bias_shift: what the bias gets more, float64 ``[channels]``.
         weight: new, on its grid; None where roundings were not learned.
         signal: mean square of the layer's output in floating point.
         noise: mean square of its error before.
@@ -57,7 +58,7 @@ class Repaired:
         flipped: share of the weights that are no longer rounded to nearest.
     """
 
-    bias: torch.Tensor
+    bias_shift: torch.Tensor
     weight: torch.Tensor | None
     signal: float
     noise: float
@@ -96,9 +97,12 @@ def repair(
     *,
     samples: int,
     rounding: Rounding | None = None,
+    limit: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Repaired]:
     """Layer after layer: learn its roundings, if asked for, then move its bias by the mean error that is left.
+
+    What linear layers give at positions that a batch's mask says are padding does not count.
 
     Args:
         graph_module: with calibrated stubs; layers are changed in place, tensors are not written to.
@@ -106,6 +110,7 @@ def repair(
         paths: from :func:`repairable`.
         samples: most to read, the last batch whole.
         rounding: None corrects biases alone.
+        limit: most batches to read.
         progress: called with (done, total, what) after each layer.
 
     Raises:
@@ -113,33 +118,34 @@ def repair(
     """
     held: list[list[Any]] = []
     seen = 0
-    for batch in batches(graph_module, data):
+    for batch in batches(graph_module, data, limit=limit):
         held.append(batch.leaves)
         seen += batch.size
         if seen >= samples:
             break
+    masks = [real_positions(graph_module, leaves) for leaves in held]
     found: dict[str, Repaired] = {}
 
     def visit(site: Site) -> list[torch.Tensor]:
+        real = masks if isinstance(site.layer, nn.Linear) else [None] * len(masks)
+        targets = _counted(site.targets, real)
         outputs = [site.layer(x) for x in site.inputs]
-        signal = _mean_square(site.targets)
-        noise = _mean_square([a - b for a, b in zip(outputs, site.targets, strict=True)])
+        signal = _mean_square(targets)
+        noise = _mean_square([a - b for a, b in zip(_counted(outputs, real), targets, strict=True)])
         if not math.isfinite(signal):
             raise PreconditionError("its output is not finite on the data", where=site.path)
         weight, flipped = None, 0.0
         if rounding is not None:
-            weight, flipped = _learned(site, rounding)
+            weight, flipped = _learned(site, rounding, real)
             site.layer.weight = nn.Parameter(weight, requires_grad=site.layer.weight.requires_grad)
             outputs = [site.layer(x) for x in site.inputs]
-        shift = _mean_error(site.layer, outputs, site.targets)
+        shift = _mean_error(site.layer, _counted(outputs, real), targets)
         shape = [1] * outputs[0].dim()
         shape[channel_dim(site.layer, outputs[0])] = -1
         outputs = [output + shift.reshape(shape).to(output.dtype) for output in outputs]
-        bias = site.layer.bias.detach() if site.layer.bias is not None else torch.zeros_like(shift)
-        left = _mean_square([a - b for a, b in zip(outputs, site.targets, strict=True)])
+        left = _mean_square([a - b for a, b in zip(_counted(outputs, real), targets, strict=True)])
         largest = float(shift.abs().max()) / max(math.sqrt(signal), 1e-30)
-        new = (bias.double() + shift).to(site.layer.weight.dtype)
-        found[site.path] = Repaired(new, weight, signal, noise, left, largest, flipped)
+        found[site.path] = Repaired(shift, weight, signal, noise, left, largest, flipped)
         if progress is not None:
             progress(len(found), len(paths), "repairing layers")
         return outputs
@@ -150,12 +156,14 @@ def repair(
             layer: Any = graph_module.get_submodule(path)
             if item.weight is not None:
                 editor.set_tensor(f"{path}.weight", item.weight)
-            if layer.bias is not None:
-                editor.set_tensor(f"{path}.bias", item.bias)
-            else:
-                layer.register_parameter("bias", nn.Parameter(item.bias, layer.weight.requires_grad))
-                editor.set_module(path, layer, reshaped=False)
+            layer.move_bias(item.bias_shift)
+            editor.set_module(path, layer, reshaped=False)
     return found
+
+
+def _counted(tensors: Sequence[torch.Tensor], real: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """What a layer reads or gives on each batch, without padding."""
+    return [without_padding(tensor, mask) for tensor, mask in zip(tensors, real, strict=True)]
 
 
 def _mean_error(layer: Any, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
@@ -180,14 +188,14 @@ def _mean_square(tensors: list[torch.Tensor]) -> float:
 # --- learned rounding -------------------------------------------------------------------------------------------
 
 
-def _learned(site: Site, rounding: Rounding) -> tuple[torch.Tensor, float]:
+def _learned(site: Site, rounding: Rounding, real: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, float]:
     """The weight on its grid, and the share that is not rounded to nearest."""
     layer, weight = site.layer, site.layer.weight.detach()
     groups = getattr(layer, "groups", 1)
     matrix = weight.reshape(groups, len(weight) // groups, -1)
     per_batch = max(1, min(rounding.rows, _ROWS // max(1, groups * matrix.shape[-1])) // len(site.inputs))
     rows, targets = [], []
-    for x, target in zip(site.inputs, site.targets, strict=True):
+    for x, target in zip(_counted(site.inputs, real), _counted(site.targets, real), strict=True):
         rows.append(torch.cat(list(patches(layer, x, per_batch, 1 << 24)), 1))
         flat = target.movedim(channel_dim(layer, target), -1).reshape(-1, groups, matrix.shape[1]).transpose(0, 1)
         count = flat.shape[1]

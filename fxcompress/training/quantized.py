@@ -132,6 +132,7 @@ def settle(graph_module: fx.GraphModule) -> dict[str, nn.Parameter]:
         stub.gain = None
     made: dict[str, nn.Parameter] = {}
     for path, layer in quantized_layers(graph_module).items():
+        layer.bias_before = None  # of a network that is no more
         weight = layer.weight_quantizer(layer.weight.detach())
         made[f"{path}.weight"] = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     return made

@@ -233,7 +233,7 @@ def test_strange_data():
         model[0].bias.fill_(-1)
     result = run_on(Quantize([x.abs()]), model, x)  # the relu gives zeros only
     assert result.graph_module(x.abs()).shape == (4, 2)
-    assert next(i for i in result.rewrites if i.site == "0").detail["note"] == "1 channels are all zero"
+    assert next(i for i in result.rewrites if i.site == "0").detail["note"] == "1 channel is all zero"
 
 
 def test_nothing_to_quantize_is_told():

@@ -9,7 +9,15 @@ from fxcompress.capture import capture
 from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.verify import verify
-from fxcompress.passes import CorrectBias, FuseModules, InsertQuantStubs, PassContext, Quantize, RoundAdaptively
+from fxcompress.passes import (
+    Calibrate,
+    CorrectBias,
+    FuseModules,
+    InsertQuantStubs,
+    PassContext,
+    Quantize,
+    RoundAdaptively,
+)
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.noise import switched_off
 from tests.support import randomize
@@ -40,7 +48,7 @@ def data(count=4):
 def quantized():
     torch.manual_seed(0)
     graph = FuseModules().run(capture(randomize(Net()), (X,)), PassContext(example_inputs=[X])).graph_module
-    return Quantize(data(), weight_bits=4).run(graph, PassContext()).graph_module
+    return Quantize(data(), weight_bits=4, correct_bias=False).run(graph, PassContext()).graph_module
 
 
 def run(pass_, graph):
@@ -70,7 +78,51 @@ def test_the_graph_given_stays_and_a_second_run_finds_nothing_more(quantized):
     once = run(CorrectBias(data()), quantized).graph_module
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantized.state_dict().items())
     twice = run(CorrectBias(data()), once)
-    assert all(item.detail["largest_shift"] < 1 for item in twice.rewrites)
+    assert all(item.detail["largest_shift"] < 1e-5 for item in twice.rewrites)
+    torch.testing.assert_close(twice.graph_module(data()[0][0]), once(data()[0][0]), rtol=0, atol=0.1)
+
+
+def test_without_rounding_biases_are_those_of_the_network(quantized):
+    corrected = run(CorrectBias(data()), quantized).graph_module
+    x = data()[0][0]
+    torch.testing.assert_close(switched_off(corrected)(x), switched_off(quantized)(x), rtol=1e-5, atol=1e-5)
+    anew = run(Calibrate(data(), "mse"), corrected).graph_module
+    torch.testing.assert_close(anew(x), run(Calibrate(data(), "mse"), quantized).graph_module(x), rtol=0, atol=1e-2)
+    assert not any("bias_before" in name for name in anew.state_dict())
+
+
+def test_roundings_learned_after_correction_aim_at_the_network(quantized):
+    corrected = run(CorrectBias(data()), quantized).graph_module
+    x = data()[0][0]
+    expected = switched_off(quantized)(x)
+    for graph in (quantized, corrected):
+        learned = run(RoundAdaptively(data(), iterations=50), graph).graph_module
+        assert mean_error(learned, switched_off(quantized)) < 0.2 * mean_error(quantized, switched_off(quantized))
+        assert (learned(x) - expected).norm() < (quantized(x) - expected).norm()
+
+
+def test_quantize_corrects_biases_itself(quantized):
+    graph = capture(randomize(Net()), (X,))
+    fused = FuseModules().run(graph, PassContext(example_inputs=[X])).graph_module
+    plain, corrected = (
+        Quantize(data(), weight_bits=4, correct_bias=correct).run(copy_graph(fused), PassContext())
+        for correct in (False, True)
+    )
+    assert mean_error(corrected.graph_module, fused) < 0.2 * mean_error(plain.graph_module, fused)
+    assert all(
+        ("largest_shift" in item.detail) is (result is corrected)
+        for result in (plain, corrected)
+        for item in result.rewrites
+    )
+
+
+def test_it_saves_and_loads(quantized, tmp_path):
+    passes = [FuseModules(), Quantize(data(), weight_bits=4)]
+    compiled = fxc.compile(randomize(Net()), passes, (X,), progress=False)
+    compiled.save(tmp_path / "net.fxc")
+    loaded = fxc.load(tmp_path / "net.fxc")
+    assert torch.equal(loaded(X), compiled(X))
+    torch.testing.assert_close(switched_off(loaded.module)(X), switched_off(compiled.module)(X))
 
 
 def test_learned_roundings_lie_on_the_grid_and_lose_less(quantized):

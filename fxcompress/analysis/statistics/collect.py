@@ -82,7 +82,7 @@ def collect(
     Raises:
         OptionError: a request names no node of the graph (the nearest is suggested).
         PreconditionError: the data is empty or exhausted, a batch does not fit or fails, or a value that was asked
-            for is not finite; names the batch or the node.
+            for is not finite or never had an element; names the batch or the node.
     """
     for name, value in (("limit", limit), ("samples", samples)):
         if value is not None and value < 1:
@@ -144,6 +144,7 @@ class _Plan:
                     shared[key] = statistic.start(layer)
                     self.work.append((shared[key], source, other))
                 self.of[name, statistic] = (shared[key], node)
+        self.reached: set[fx.Node] = set()  # gave values on some batch
         self.first = _Runner(graph_module, {source for _, source, _ in self.work})
         self.second = None if beside is None else _Runner(beside, {other for *_, other in self.work if other})
 
@@ -159,6 +160,8 @@ class _Plan:
             tensor = _tensor(node, value)
             if node not in self.spatial:
                 tensor = without_padding(tensor, real)
+            if tensor.numel():
+                self.reached.add(node)
             for accumulator in by_node.get(node, ()):
                 accumulator.add(tensor)
             if node in paired:
@@ -179,6 +182,13 @@ class _Plan:
             self.second.run(leaves, pair)
 
     def values(self) -> dict[tuple[str, Statistic], Any]:
+        for _, source, _ in self.work:
+            if source not in self.reached:
+                raise PreconditionError(
+                    f"the data never reaches {source.name!r}: its value was empty in every batch",
+                    where=where(source),
+                    remedy="give data that reaches it, or leave out the layers that read it (ignore)",
+                )
         made: dict[int, Any] = {}
         found: dict[tuple[str, Statistic], Any] = {}
         for key, (accumulator, node) in self.of.items():

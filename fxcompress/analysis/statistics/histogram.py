@@ -81,11 +81,11 @@ class _Counts(Accumulator):
             return
         flat = flat.float() if not flat.is_floating_point() else flat
         low, high = (float(end) for end in torch.aminmax(flat))
-        self.low, self.high = min(low, self.low), max(high, self.high)
         peak = max(abs(low), abs(high))
-        if not math.isfinite(peak):
-            self.low = math.nan  # the collector refuses it by name
+        if math.isnan(self.low) or not math.isfinite(peak):
+            self.low = math.nan  # and stays so: the collector refuses it by name
             return
+        self.low, self.high = min(low, self.low), max(high, self.high)
         if peak == 0.0 and self.limit == 0.0:
             self.zeros += flat.numel()
             return
