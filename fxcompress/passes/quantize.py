@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from fxcompress.errors import OptionError
+from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.batches import check_limit
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.shapes import require_shapes
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
-from fxcompress.quantization.account import layer_details
+from fxcompress.quantization.account import layer_details, unusual
 from fxcompress.quantization.calibrate import Calibrated, calibrate, stubs_of
 from fxcompress.quantization.damage import measure_damage
 from fxcompress.quantization.depthwise import drop_limits, equalize_depthwise
@@ -59,6 +59,8 @@ class Quantize(Pass):
             is that of the damage which the rounding around each layer does to the outputs, to first order.
         metric: a figure of a graph, higher is better: accuracy on your validation data. Without one the drop is the
             relative error of the outputs on ``data``, ‖quantized − float‖ / ‖float‖.
+        min_speedup: leave the whole graph in floating point unless the engine of ``scheme`` gets this many times
+            faster, measured inside ``compile()`` on the example inputs; 1.0 asks for an engine that is not slower.
     """
 
     name: ClassVar[str] = "quantize"
@@ -77,6 +79,7 @@ class Quantize(Pass):
     correct_bias: bool = True
     max_drop: float | None = None
     metric: Callable[[fx.GraphModule], float] | None = None
+    min_speedup: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,12 +90,20 @@ class Quantize(Pass):
             raise OptionError(f"percentile={self.percentile} is outside (50, 100]", where="percentile")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise OptionError(f"max_drop={self.max_drop} is below 0", where="max_drop")
+        if self.min_speedup is not None and not self.min_speedup > 0:
+            raise OptionError(
+                f"min_speedup={self.min_speedup} is not above 0", where="min_speedup", remedy="1.0 is usual"
+            )
         if self.metric is not None and self.max_drop is None:
             raise OptionError("metric needs max_drop: how much of it may be lost", where="max_drop")
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Stubs, grids, the layers that stay in floating point, and the noise of each of the others."""
         require_shapes(graph_module, self.name)
+        if self.min_speedup is not None and context.latency is None:
+            raise PreconditionError(
+                "latency can only be measured inside compile(), with example inputs", where="min_speedup"
+            )
         if stubs_of(graph_module):
             skip = Skip("all", "already_quantized", "the graph has quantization stubs; Calibrate sets them anew")
             return PassResult(graph_module, (), (skip,))
@@ -111,6 +122,14 @@ class Quantize(Pass):
             kept, note, made = self._mixed(floating, made, data, context, known)
         if not made.placement.layers:
             return PassResult(graph_module, (), tuple(_left(made.placement, kept)), note)
+        if self.min_speedup is not None:
+            before, after = self._milliseconds((graph_module, made.graph_module), context)
+            told_speed = f"{after:.3g} ms in integers, {before:.3g} ms in floating point"
+            if before < self.min_speedup * after:
+                reason = f"it takes {told_speed}: {before / after:.2f} times faster, {self.min_speedup:g} was asked for"
+                skipped = (*_left(made.placement, kept), Skip("all", "not_faster", reason))
+                return PassResult(graph_module, (), skipped, note)
+            note = "; ".join(filter(None, (note, f"{told_speed} on {self.scheme}")))
         noise = layer_noise(floating, made.graph_module, made.placement.layers, data, limit=_NOISE_BATCHES)
         details = layer_details(made.placement, made.scheme, made.grids, noise, made.repaired)
         order = sorted(details, key=lambda path: noise[path].decibels)
@@ -121,11 +140,9 @@ class Quantize(Pass):
         )
         if equalized:
             told += f"; the channels that {len(equalized)} depthwise convolutions read have one range"
-        empty = sum(grid.low == grid.high == 0 for grid in made.grids if not grid.path.endswith(".weight_quantizer"))
-        if empty:
-            told += f"; {empty} {'value was' if empty == 1 else 'values were'} zero on all data"
-        skipped = tuple(_left(made.placement, kept))
-        return PassResult(made.graph_module, tuple(rewrites), skipped, "; ".join(filter(None, (told, note))))
+        told = "; ".join([told, *unusual(made.grids)])
+        left = tuple(_left(made.placement, kept))
+        return PassResult(made.graph_module, tuple(rewrites), left, "; ".join(filter(None, (told, note))))
 
     def _made(
         self,
@@ -158,6 +175,13 @@ class Quantize(Pass):
             paths, _ = repairable(made)
             repaired = repair(made, data, paths, samples=_REPAIR_SAMPLES, limit=self.batches, progress=context.progress)
         return _Made(made, placement, scheme, grids, repaired)
+
+    def _milliseconds(self, graphs: Sequence[fx.GraphModule], context: PassContext) -> list[float]:
+        """Latency of each on the engine: the lower of two medians, measured in turns."""
+        assert context.latency is not None
+        latency = context.latency
+        rounds = [[latency(graph, self.scheme) for graph in graphs] for _ in range(2)]
+        return [min(found) for found in zip(*rounds, strict=True)]
 
     def _mixed(
         self, floating: fx.GraphModule, whole: _Made, data: Iterable[Any], context: PassContext, known: dict[Any, Any]

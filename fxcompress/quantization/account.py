@@ -11,7 +11,7 @@ from fxcompress.quantization.placement import Placement
 from fxcompress.quantization.repair import Repaired
 from fxcompress.quantization.schemes import Scheme
 
-__all__ = ["described", "layer_details", "repair_details"]
+__all__ = ["described", "layer_details", "repair_details", "unusual"]
 
 
 def layer_details(
@@ -39,6 +39,15 @@ def layer_details(
             detail["largest_shift"] = repaired[path].shift
         details[path] = detail
     return details
+
+
+def unusual(grids: Iterable[Calibrated]) -> list[str]:
+    """What was odd about the grids of activations, in a few words each."""
+    stubs = [grid for grid in grids if not grid.path.endswith(".weight_quantizer")]
+    zero = sum(grid.low == grid.high == 0 for grid in stubs)
+    told = [f"{zero} {'value was' if zero == 1 else 'values were'} zero on all data"] if zero else []
+    instead = next((grid.note for grid in stubs if " instead: " in grid.note), "")
+    return [*told, f"ranges {instead}"] if instead else told
 
 
 def described(grid: Calibrated, users: Sequence[str] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import as_batch
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.edit import GraphEditor
-from fxcompress.quantization.damage import SAMPLES, damage_of_grids
+from fxcompress.quantization.damage import SAMPLES, NotDifferentiableError, damage_of_grids
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.observers import CANDIDATES, extremes, observed_range, statistic_of, weight_range
@@ -99,9 +99,10 @@ def calibrate(
     kinds = {path: _fresh(graph_module, path).kind for path in stubs}
     values = {path: tuple(str(node.args[0]) for node in nodes) for path, nodes in stubs.items()}
     seen = {path: [known[value] for value in values[path]] for path in stubs}
+    fallback = ""
     if observer == "damage":
         fresh = {path: found for path, found in seen.items() if values[path] not in known}
-        chosen = _least_damage(floating, read, fresh, kinds, percentile, limit)
+        chosen, fallback = _least_damage(floating, read, fresh, kinds, percentile, limit)
         known.update({values[path]: ends for path, ends in chosen.items()})
         ranges = {path: known[values[path]] for path in stubs}
     else:
@@ -112,7 +113,9 @@ def calibrate(
             quantizer = _gridded(graph_module, path, low, high)
             editor.set_module(path, quantizer, reshaped=False)
             scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-            told.append(Calibrated(path, values[path], low, high, scale, zero, _unusual(*extremes(seen[path]))))
+            told.append(
+                Calibrated(path, values[path], low, high, scale, zero, _unusual(*extremes(seen[path])) or fallback)
+            )
         for path in layers:
             told.append(_set_weight(graph_module, editor, path, weight_observer))
     return told
@@ -143,17 +146,22 @@ def _least_damage(
     kinds: Mapping[str, QuantType],
     percentile: float,
     limit: int | None,
-) -> dict[str, tuple[float, float]]:
-    """For each stub the range of those that the candidates give which moves the outputs least."""
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """For each stub the range of those that the candidates give which moves the outputs least; why not, if not."""
     ranges = {
         path: list(dict.fromkeys(observed_range(name, found, kinds[path], percentile) for name in CANDIDATES))
         for path, found in seen.items()
     }
     grids = {path: [_gridded(floating, path, *ends) for ends in found] for path, found in ranges.items()}
     open_ = {path: found for path, found in grids.items() if len(found) > 1}
-    damage = damage_of_grids(floating, data, open_, limit=limit) if open_ else {}
+    why = ""
+    damage: dict[str, list[float]] = {}
+    try:
+        damage = damage_of_grids(floating, data, open_, limit=limit) if open_ else {}
+    except NotDifferentiableError as error:
+        why = f"by {CANDIDATES[0]} instead: {error.problem}"
     best = {path: min(range(len(found)), key=found.__getitem__) for path, found in damage.items()}
-    return {path: found[best.get(path, 0)] for path, found in ranges.items()}
+    return {path: found[best.get(path, 0)] for path, found in ranges.items()}, why
 
 
 def _unusual(low: float, high: float) -> str:

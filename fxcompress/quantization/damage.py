@@ -21,13 +21,17 @@ from fxcompress.graph.copying import copy_graph
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 
-__all__ = ["SAMPLES", "Damage", "damage_of_grids", "measure_damage"]
+__all__ = ["SAMPLES", "Damage", "NotDifferentiableError", "damage_of_grids", "measure_damage"]
 
 _LAYERS = tuple(QUANTIZED.values())
 SAMPLES = 32
 """That damage is measured on."""
 
 _Error = Callable[[torch.Tensor], torch.Tensor]  # what rounding adds to a value
+
+
+class NotDifferentiableError(PreconditionError):
+    """Damage needs gradients, and an operation of the graph has none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ def measure_damage(graph_module: fx.GraphModule, data: Iterable[Any], *, samples
         samples: more make the estimate steadier.
 
     Raises:
-        PreconditionError: the data is empty or does not fit, or the graph cannot be differentiated.
+        NotDifferentiableError: an operation has no derivative.
+        PreconditionError: the data is empty or does not fit.
     """
     copied = _frozen(graph_module)
     runner = _Runner(copied, None)
@@ -85,7 +90,8 @@ def damage_of_grids(
         path → damage of each of its grids; nothing for stubs that the outputs do not depend on.
 
     Raises:
-        PreconditionError: the data is empty or does not fit, or the graph cannot be differentiated.
+        NotDifferentiableError: an operation has no derivative.
+        PreconditionError: the data is empty or does not fit.
     """
     runner = _Runner(_frozen(graph_module), grids)
     power = _total_power(runner, data, samples, limit)
@@ -142,9 +148,9 @@ class _Runner(fx.Interpreter):
                 if found:
                     torch.autograd.grad(found, self.sources, signs, allow_unused=True)
             except RuntimeError as error:
-                raise PreconditionError(
+                raise NotDifferentiableError(
                     f"the graph cannot be differentiated: {str(error).splitlines()[0]}",
-                    remedy="choose an observer that needs no gradients, such as mse; leave max_drop out",
+                    remedy="leave max_drop out",
                 ) from error
         self.sources = []
         return sum(float(x.detach().double().square().sum()) for x in found)

@@ -144,6 +144,40 @@ def test_repairs_and_noise_do_not_count_padding(tokens):
     assert one == other
 
 
+class Stepped(nn.Module):
+    """An operation between two layers that has no derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(torch.nextafter(x, x + 1))
+
+
+def test_without_derivatives_ranges_are_chosen_by_error():
+    graph = capture(Stepped().eval(), (X,))
+    result = run(Quantize([X]), graph)
+    assert "ranges by mse instead: the graph cannot be differentiated" in result.note
+    other = run(Quantize([X], observer="mse"), graph)
+    assert torch.equal(result.graph_module(X), other.graph_module(X)) and "instead" not in other.note
+
+
+def test_weights_that_do_not_train_and_inputs_that_are_numbers_can_be_differentiated():
+    model = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval().requires_grad_(False)
+    tokens = torch.arange(10).reshape(2, 5)
+    result = run(Quantize([tokens]), capture(model, (tokens,)))
+    assert result.changed and "instead" not in result.note
+
+
+def test_a_generator_is_read_once():
+    graph = run(InsertQuantStubs(), capture(network(), (X,))).graph_module
+    batches = [X, -X, 2 * X]
+    once, again = (run(Calibrate(data), graph).rewrites for data in (iter(batches), batches))
+    assert [item.detail for item in once] == [item.detail for item in again]
+
+
 def test_a_layer_that_the_data_never_reaches(stubs):
     with pytest.raises(PreconditionError, match="never reaches"):
         run(Calibrate([X[:0]]), stubs)

@@ -250,6 +250,7 @@ def test_nothing_to_quantize_is_told():
         ({"weight_bits": 3}, "not valid"),
         ({"max_drop": -1.0}, "below 0"),
         ({"metric": len}, "needs max_drop"),
+        ({"min_speedup": 0.0}, "not above 0"),
         ({"ends": "none"}, "not valid"),
     ],
 )
@@ -265,3 +266,44 @@ def test_patterns_must_match(fused):
         run(Quantize(data(), ignore_kinds=("Conv",)), fused)
     with pytest.raises(PreconditionError, match="no quantization stubs"):
         run(Calibrate(data()), fused)
+
+
+@pytest.mark.parametrize(("asked", "changed"), [(1.0, True), (1.5, False)])
+def test_integers_only_where_they_pay(fused, asked, changed):
+    """An engine that takes 5 ms in floating point and 4 ms in integers."""
+    measured = []
+
+    def latency(graph, backend):
+        measured.append(backend)
+        return 4.0 if stubs_of(graph) else 5.0
+
+    context = PassContext(example_inputs=[X], latency=latency)
+    result = Quantize(data(), min_speedup=asked).run(copy_graph(fused), context)
+    assert result.changed is changed and set(measured) == {"onnxruntime"}
+    if changed:
+        assert "4 ms in integers, 5 ms in floating point" in result.note
+        return
+    (skip,) = (skip for skip in result.skipped if skip.site == "all")
+    assert skip.code == "not_faster" and "1.25 times faster, 1.5 was asked for" in skip.reason
+    assert not stubs_of(result.graph_module) and torch.equal(result.graph_module(X), fused(X))
+
+
+def test_latency_needs_an_engine(fused):
+    with pytest.raises(PreconditionError, match="only be measured inside compile"):
+        Quantize(data(), min_speedup=1.0).run(copy_graph(fused), PassContext())
+
+
+def test_metric_and_data_come_from_a_file(tmp_path, model):
+    (tmp_path / "data.py").write_text(
+        "import torch\n"
+        "batches = [torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))]\n"
+        "def accuracy(graph):\n"
+        "    return float(len(list(graph.modules())) > 0)\n"
+    )
+    from fxcompress.model_specs import load_value
+    from fxcompress.passes.registry import parse_pass
+
+    file = tmp_path / "data.py"
+    text = f"quantize(data='{file}:batches', max_drop=0.1, metric='{file}:accuracy')"
+    compiled = fxc.compile(model, ["fuse_modules", parse_pass(text, load_value)], (X,), progress=False)
+    assert "0 of 7 layers stay in floating point: the drop of the metric is 0" in compiled.report.passes[1].note
