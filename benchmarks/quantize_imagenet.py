@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import fxcompress as fxc
 from benchmarks import _results, imagenet
-from fxcompress.passes import CorrectBias, EqualizeCrossLayers, FuseModules, Pass, Quantize, RoundAdaptively
+from fxcompress.passes import FuseModules, Pass, Quantize, RoundAdaptively
 
 RESULTS = _results.RESULTS / "quantize_imagenet.json"
 COLUMNS = (
@@ -120,10 +120,7 @@ def nncf(model: nn.Module, folder: Path, floating: Path) -> Path:
 
 METHODS: dict[str, Callable[[nn.Module, Path, Path], Path]] = {
     "fxcompress": ours(lambda data: [Quantize(data)]),
-    "fxcompress, biases corrected": ours(lambda data: [Quantize(data), CorrectBias(data)]),
-    "fxcompress, equalized, biases corrected": ours(
-        lambda data: [EqualizeCrossLayers("per_channel"), Quantize(data), CorrectBias(data)]
-    ),
+    "fxcompress, mse, biases kept": ours(lambda data: [Quantize(data, observer="mse", correct_bias=False)]),
     "fxcompress, roundings learned": ours(
         lambda data: [Quantize(data), RoundAdaptively(data, samples=64, iterations=300)]
     ),

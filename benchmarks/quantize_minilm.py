@@ -30,7 +30,6 @@ from benchmarks.imagenet import package
 from benchmarks.zoo import prepare_torchvision
 from fxcompress.backends.benchmark import benchmark
 from fxcompress.passes import (
-    CorrectBias,
     FuseModules,
     Pass,
     Quantize,
@@ -132,7 +131,6 @@ def methods(data: list[Words]) -> dict[str, list[Pass]]:
         "dynamic int8": [QuantizeDynamic()],
         "static int8": [Quantize(data)],
         "static int8, smoothed": [SmoothActivations(data), Quantize(data)],
-        "static int8, smoothed, biases corrected": [SmoothActivations(data), Quantize(data), CorrectBias(data)],
         "int4 weights": [QuantizeWeights(bits=4, block_size=32)],
         "int4 weights, GPTQ": [QuantizeWeights(bits=4, block_size=32, algorithm="gptq", calibration=data)],
         "int8 weights": [QuantizeWeights(bits=8, block_size=32)],
