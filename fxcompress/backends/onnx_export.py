@@ -34,6 +34,7 @@ from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.graph.info import info
 from fxcompress.graph.lowering import to_exported_program
 from fxcompress.graph.shapes import no_guards, where
+from fxcompress.quantization.depthwise import without_limits
 
 __all__ = ["OnnxFile", "write_onnx"]
 
@@ -90,6 +91,7 @@ def write_onnx(
         GraphError: a layer cannot be lowered.
     """
     path, tell = Path(path), progress or (lambda _: None)
+    graph_module = without_limits(graph_module)
     signature = signature_of(graph_module)
     inputs = _renamed(signature.inputs, input_names, "inputs")
     outputs = _renamed(signature.outputs, output_names, "outputs")

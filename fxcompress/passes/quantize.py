@@ -17,7 +17,7 @@ from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewr
 from fxcompress.quantization.account import layer_details, unusual
 from fxcompress.quantization.calibrate import Calibrated, calibrate, stubs_of
 from fxcompress.quantization.damage import measure_damage
-from fxcompress.quantization.depthwise import drop_limits, equalize_depthwise
+from fxcompress.quantization.depthwise import equalize_depthwise
 from fxcompress.quantization.insert import insert_stubs
 from fxcompress.quantization.layer_choice import ignored_by
 from fxcompress.quantization.mixed_precision import fewest, output_error
@@ -169,7 +169,6 @@ class Quantize(Pass):
                 progress=context.progress,
                 known=known,
             )
-            drop_limits(made)
         repaired: dict[str, Repaired] = {}
         if placement.layers and self.correct_bias:
             paths, _ = repairable(made)

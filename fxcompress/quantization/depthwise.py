@@ -16,11 +16,12 @@ from torch import fx, nn
 
 from fxcompress.analysis.scaling import Factors, apply_factors, scaling
 from fxcompress.analysis.statistics import Range, collect
+from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.queries import calls_of
 from fxcompress.quantization.fake_quant import Quantizer
 
-__all__ = ["drop_limits", "equalize_depthwise"]
+__all__ = ["equalize_depthwise", "without_limits"]
 
 aten = torch.ops.aten
 
@@ -36,7 +37,7 @@ def equalize_depthwise(
 ) -> list[str]:
     """Bring the channels that depthwise convolutions read to one range. What the graph computes stays the same.
 
-    Clips between the layers get limits for each channel; :func:`drop_limits` takes out those that grids repeat.
+    Clips between the layers get limits for each channel; :func:`without_limits` takes out those that grids repeat.
 
     Args:
         graph_module: before stubs are placed; it is changed.
@@ -72,8 +73,20 @@ def equalize_depthwise(
     return list(dict.fromkeys(item.path for group in moved for item in group.readers))
 
 
-def drop_limits(graph_module: fx.GraphModule) -> None:
-    """Turn a clip with limits for each channel into a relu, where the grid behind it ends before the limits do."""
+def without_limits(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """For engines, which fuse a relu: a clip with limits for each channel is one where its grid ends before them.
+
+    Without the grid the network needs its limits, so it keeps them until then.
+
+    Args:
+        graph_module: with calibrated stubs; left as it is.
+
+    Returns:
+        a copy, or the graph itself where there is no such clip.
+    """
+    if not graph_module.graph.find_nodes(op="call_function", target=aten.clamp.Tensor):
+        return graph_module
+    graph_module = copy_graph(graph_module)
     with GraphEditor(graph_module) as editor:
         for node in graph_module.graph.find_nodes(op="call_function", target=aten.clamp.Tensor):
             low, high = (_constant(graph_module, end) for end in node.args[1:3])
@@ -86,6 +99,7 @@ def drop_limits(graph_module: fx.GraphModule) -> None:
             last = (stub.kind.maximum - stub.zero_point) * stub.scale
             if bool((high > last - stub.scale / 2).all()):  # what is cut there rounds to the last integer either way
                 editor.retarget(node, aten.relu.default, (node.args[0],))
+    return graph_module
 
 
 def _is_depthwise(graph_module: fx.GraphModule, path: str) -> bool:

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import fx, nn
 
+import fxcompress as fxc
 from fxcompress.capture import capture
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.verify import verify
 from fxcompress.passes import Quantize
 from fxcompress.passes.base import PassContext
 from fxcompress.quantization.calibrate import calibrate
-from fxcompress.quantization.depthwise import drop_limits, equalize_depthwise
+from fxcompress.quantization.depthwise import equalize_depthwise, without_limits
 from fxcompress.quantization.insert import insert_stubs
+from fxcompress.quantization.noise import switched_off
 from fxcompress.quantization.schemes import scheme_of
 
 X = torch.rand(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -94,7 +96,7 @@ def test_limits_go_where_the_grid_ends_before_them(shrink, left):
         if hasattr(module, "zero_point") and not module.scale.dim():
             module.scale = module.scale * shrink
     expected = graph(X * 50)  # far outside of what was seen: the limits cut
-    drop_limits(graph)
+    graph = without_limits(graph)
     verify(graph, shapes=True)
     assert len(graph.graph.find_nodes(op="call_function", target=CLAMP)) == left
     assert len(graph.graph.find_nodes(op="call_function", target=RELU)) == 2 - left
@@ -104,7 +106,7 @@ def test_limits_go_where_the_grid_ends_before_them(shrink, left):
 def test_limits_stay_before_calibration():
     graph, _ = equalized(Block(nn.functional.relu6))
     insert_stubs(graph, scheme_of("onnxruntime"), lambda path: None)
-    drop_limits(graph)
+    graph = without_limits(graph)
     assert len(graph.graph.find_nodes(op="call_function", target=CLAMP)) == 1
 
 
@@ -140,3 +142,15 @@ def test_quantize_loses_less_with_it():
         return next(item.detail["signal_to_noise_db"] for item in result.rewrites if item.site == "deep")
 
     assert decibels(True) > decibels(False) + 10
+
+
+def test_the_network_in_floating_point_keeps_its_limits_and_the_engine_a_relu(tmp_path):
+    """Biases are corrected towards the network with its clips, not towards one without."""
+    graph = capture(Block(nn.functional.relu6).eval(), (X,))
+    result = Quantize([X]).run(copy_graph(graph), PassContext())
+    torch.testing.assert_close(switched_off(result.graph_module)(X), graph(X), rtol=1e-5, atol=1e-5)
+    compiled = fxc.compile(
+        Block(nn.functional.relu6).eval(), [Quantize([X])], (X,), backend="onnxruntime", output=tmp_path / "b"
+    )
+    found = compiled.engine.optimized_op_counts()
+    assert found["QLinearConv"] == 3 and not {"Clip", "Min", "Max", "Relu"} & set(found)
