@@ -199,10 +199,12 @@ def figures(
 
 def save(rows: Sequence[Row], path: Path = RESULTS) -> None:
     """Write the table."""
+    networks, methods = list(imagenet.NETWORKS), ["float32", *METHODS]
+    order = {(network, method): (i, j) for i, network in enumerate(networks) for j, method in enumerate(methods)}
     _results.write(
         path,
         title="Static int8 of ImageNet networks",
-        rows=rows,
+        rows=sorted(rows, key=lambda row: order[row["network"], row["method"]]),
         columns=COLUMNS,
         notes=[
             f"Agreement of the top class with the network in float32, on 20 labelled photos and {imagenet.STAMPS} "
