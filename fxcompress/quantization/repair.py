@@ -170,8 +170,8 @@ def _counted(tensors: Sequence[torch.Tensor], real: Sequence[torch.Tensor | None
 def _mean_error(layer: Any, outputs: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
     """``[channels]``, float64: how much the outputs are too low at a usual position.
 
-    Positions that err far more than the others, such as a token whose outliers the grid clips, count as if they erred by
-    three standard deviations, these taken without them: their error is no bias, and would be put on everybody.
+    Positions that err far more than the others, such as a token whose outliers the grid clips, count as if they erred
+    by three standard deviations, these taken without them: their error is no bias, and would be put on everybody.
     """
     pairs = zip(outputs, targets, strict=True)
     rows = [((b - a).movedim(channel_dim(layer, a), 0), a.shape[channel_dim(layer, a)]) for a, b in pairs]
