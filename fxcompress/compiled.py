@@ -235,9 +235,15 @@ class _Proof:
         computes_in: torch.dtype | None,
     ) -> None:
         self._graph_module = graph_module
-        other = other_sizes(graph_module, leaves)
-        self._sets = [list(leaves), *([other] if other is not None else [])]
+        self._sets = [list(leaves)]
         self._made = {0: outputs} if outputs is not None else {}
+        for other in other_sizes(graph_module, leaves):
+            try:  # the first at which the model itself runs
+                self._made[1] = outputs_of(graph_module, *nested_inputs(graph_module, other))
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            self._sets.append(other)
+            break
         self._tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in self._sets]
         dtypes = {leaf.dtype for inputs in self._tensors for leaf in inputs if leaf.is_floating_point()}
         dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}

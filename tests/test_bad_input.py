@@ -84,6 +84,27 @@ def test_one_tensor_for_two_arguments() -> None:
         torch.testing.assert_close(compiled(X, X + 1), model(X, X + 1))
 
 
+class Even(nn.Module):
+    """Down and up again: runs at even lengths only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv1d(1, 2, 2, stride=2), nn.ConvTranspose1d(2, 1, 2, stride=2)
+
+    def forward(self, x: T) -> T:
+        return torch.cat([x, self.up(self.down(x))], 1)
+
+
+def test_a_model_that_runs_at_some_sizes_only() -> None:
+    wave = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+    shapes = {"x": {0: "batch", 2: "time"}}
+    compiled = fxc.compile(Even().eval(), [], (wave,), dynamic_shapes=shapes, backend="onnxruntime")
+    assert list(compiled.report.capture.errors) == ["batch=2, time=16", "batch=4, time=32"]
+    assert any("fails at batch=1, time=17" in note for note in compiled.report.capture.notes)
+    assert compiled.report.engine is not None
+    assert compiled.report.engine.verified == ["x[2, 1, 16]", "x[4, 1, 32]"]
+
+
 # -- the model ---------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,13 +30,11 @@ class CaptureCheck:
     Attributes:
         errors: largest relative error by sizes of the dynamic dims: ``{"batch=2": 0.0, "batch=1": 0.0}``.
         outputs: flat outputs of the graph on the example inputs.
-        other_inputs: flat inputs at other sizes of the dynamic dims; None if there are no dynamic dims.
         notes: what could not be compared, and why.
     """
 
     errors: dict[str, float]
     outputs: list[Any]
-    other_inputs: list[Any] | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -55,11 +54,10 @@ def check_capture(
     """
     if isinstance(model, ExportedProgram):
         model = model.module(check_guards=False)
-    other = other_sizes(graph_module, leaves)
     errors: dict[str, float] = {}
     outputs: list[Any] = []
     notes: list[str] = []
-    for index, inputs in enumerate([leaves] if other is None else [leaves, other]):
+    for index, inputs in enumerate(chain([leaves], other_sizes(graph_module, leaves))):
         sizes = _told(graph_module, inputs)
         args, kwargs = nested_inputs(graph_module, inputs)
         try:
@@ -96,7 +94,9 @@ def check_capture(
                 remedy="the forward pass depends on something that tracing does not see: global state, random numbers "
                 "of another library, or a Python branch on a size; verify=False skips this check",
             )
-    return CaptureCheck(errors, outputs, other, notes)
+        if index > 0:
+            break
+    return CaptureCheck(errors, outputs, notes)
 
 
 def _unproved(outputs: Sequence[Any]) -> list[str]:
@@ -109,18 +109,20 @@ def _unproved(outputs: Sequence[Any]) -> list[str]:
     ]
 
 
-def other_sizes(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> list[Any] | None:
-    """The example inputs at other sizes; None where nothing is dynamic.
+def other_sizes(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> Iterator[list[Any]]:
+    """The example inputs at other sizes, the first choice first; none where nothing is dynamic.
 
-    The batch becomes 1 (or 2, if it is 1): the size that engines mostly run at, and the cheapest. Every other dynamic
-    dim becomes one longer.
+    The batch becomes 1 (or 2, if it is 1): the size that engines mostly run at, and the cheapest; every other dynamic
+    dim one longer. A model that does not run at these may need even sizes: then every size twice as large.
     """
     sizes = dynamic_sizes(graph_module, leaves)
     if not sizes:
-        return None
+        return
     names = info(graph_module).dim_names
     other = {s: (2 if size == 1 else 1) if names.get(s) == "batch" else size + 1 for s, size in sizes.items()}
-    return resized(graph_module, leaves, other)
+    for wanted in (other, {symbol: 2 * size for symbol, size in sizes.items()}):
+        if (found := resized(graph_module, leaves, wanted)) is not None:
+            yield found
 
 
 def _told(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxcompress.capture import views
 from fxcompress.graph.info import tensors_of
 from fxcompress.graph.shapes import no_guards
 
@@ -49,6 +50,11 @@ def functional_twin(node: fx.Node) -> Twin | None:
         return None
     if target is aten.zero_.default:
         return Twin(old, aten.zeros_like.default, (old,), {})
+    if target is aten.copy_.default and isinstance(node.args[1], fx.Node):  # ``aten.copy`` has no derivative
+        source = node.args[1]
+        if views.same_sizes(source.meta["val"], old.meta["val"]):
+            return Twin(old, aten.clone.default, (source,), {})
+        return Twin(old, aten.expand_as.default, (source, old), {})
     name = target._schema.name.partition("::")[2]
     if _OPERATORS.fullmatch(name):
         name = name.replace("__i", "__")

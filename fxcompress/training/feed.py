@@ -1,6 +1,7 @@
 """The batches of every epoch, in an order that seed and epoch fix, from any position: what makes a run resumable.
 
-A ``DataLoader`` is read through a twin of itself whose samplers draw from (seed, epoch). With workers in this process
+A ``DataLoader`` is read through a twin of itself whose samplers draw from (seed, epoch); those that have no generator
+of their own and draw from the global ones draw each batch from (seed, epoch, batch). With workers in this process
 what was used before is skipped without being read; with worker processes, which draw random numbers of their own,
 it is read and dropped. Any other iterable is read from its start; it resumes exactly where each reading of it gives the
 same batches, as a list does, or draws its order from the global generators, which are seeded by (seed, epoch).
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import Batch, as_batch
-from fxcompress.training.randomness import seed_everything, seed_of
+from fxcompress.training.randomness import kept_randomness, seed_everything, seed_of
 
 __all__ = ["Feed"]
 
@@ -127,7 +128,7 @@ class Feed:
         order = seed_of(self.seed, "order", epoch)
         whole = loader.batch_sampler is not None
         indices = _reseeded(loader.batch_sampler if whole else loader.sampler, order, epoch)
-        picked = _Picked(self, indices, skip)
+        picked = _Picked(self, indices, order, skip)
         return DataLoader(
             loader.dataset,
             **({"batch_sampler": picked} if whole else {"batch_size": None, "sampler": picked}),
@@ -151,17 +152,26 @@ class Feed:
 
 
 class _Picked:
-    """The batches of indices that this process reads."""
+    """The batches of indices that this process reads, from ``skip`` on."""
 
-    def __init__(self, feed: Feed, indices: Any, skip: int) -> None:
-        self.feed, self.indices, self.skip = feed, indices, skip
+    def __init__(self, feed: Feed, indices: Any, seed: int, skip: int) -> None:
+        self.feed, self.indices, self.seed, self.skip = feed, indices, seed, skip
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.feed._shared(iter(self.indices)), self.skip, None)
+        source: Iterator[Any] | None = None
+        for number in count():
+            with kept_randomness(gpus=False):
+                seed_everything(self.seed, number)
+                source = source or self.feed._shared(iter(self.indices))
+                picked = next(source, None)
+            if picked is None:
+                return
+            if number >= self.skip:
+                yield picked
 
 
 def _reseeded(sampler: Any, seed: int, epoch: int) -> Any:
-    """A copy of a sampler that draws from ``seed``; samplers of the user's draw from the global generators."""
+    """A copy of a sampler that draws from ``seed``, if it has a generator."""
     twin = copy.copy(sampler)
     if isinstance(sampler, BatchSampler) and hasattr(sampler, "sampler"):
         twin.sampler = _reseeded(sampler.sampler, seed, epoch)

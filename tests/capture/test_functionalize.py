@@ -122,3 +122,22 @@ def test_a_view_is_a_reshape_so_that_a_pass_may_change_the_layout_before_it():
     made = graph_module.conv(x)
     assert not made.is_contiguous(), "the layout is another one, and a view of it would fail"
     torch.testing.assert_close(graph_module(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: torch.empty_like(y).copy_(y),
+        lambda y: torch.zeros(y.shape[0], 8).index_fill_(1, torch.tensor([0]), 1.0)[:, :4].copy_(y),
+        lambda y: torch.empty(y.shape, dtype=torch.float64).copy_(y),
+        lambda y: torch.empty(3, y.shape[0], 4).copy_(y),
+    ],
+    ids=["whole", "part", "dtype", "broadcast"],
+)
+def test_gradients_flow_through_what_is_copied_into_a_tensor(write: Callable[[T], T]) -> None:
+    model = Of(lambda m, x: write(m.fc(x)) * 2, fc=nn.Linear(4, 4))
+    graph = check(model, (torch.randn(2, 4),), (torch.randn(3, 4),))
+    x = torch.randn(2, 4)
+    for module in (model, graph):
+        module(x).square().sum().backward()
+    assert torch.equal(model.fc.weight.grad, graph.fc.weight.grad)
