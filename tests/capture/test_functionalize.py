@@ -124,18 +124,33 @@ def test_a_view_is_a_reshape_so_that_a_pass_may_change_the_layout_before_it():
     torch.testing.assert_close(graph_module(x), model(x))
 
 
+def _assigned(y: T) -> T:
+    made = torch.zeros(y.shape[0], 8)
+    made[:, 2:6] = y
+    return made
+
+
 @pytest.mark.parametrize(
     "write",
     [
+        _assigned,
         lambda y: torch.empty_like(y).copy_(y),
-        lambda y: torch.zeros(y.shape[0], 8).index_fill_(1, torch.tensor([0]), 1.0)[:, :4].copy_(y),
+        lambda y: torch.cat([y, y], 1).index_copy_(1, torch.arange(4), y * 3),
         lambda y: torch.empty(y.shape, dtype=torch.float64).copy_(y),
         lambda y: torch.empty(3, y.shape[0], 4).copy_(y),
     ],
-    ids=["whole", "part", "dtype", "broadcast"],
+    ids=["part", "whole", "indices", "dtype", "broadcast"],
 )
 def test_gradients_flow_through_what_is_copied_into_a_tensor(write: Callable[[T], T]) -> None:
-    model = Of(lambda m, x: write(m.fc(x)) * 2, fc=nn.Linear(4, 4))
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: T) -> T:
+            return write(self.fc(x)) * 2
+
+    model = Writes().eval()
     graph = check(model, (torch.randn(2, 4),), (torch.randn(3, 4),))
     x = torch.randn(2, 4)
     for module in (model, graph):
