@@ -32,7 +32,9 @@ class Engine:
     def wrap(self, step: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Take the module that computes the loss, on its device already, and what steps its parameters."""
         self._wrapped = self._accelerator.prepare_model(step)
-        self._optimizer = self._accelerator.prepare_optimizer(optimizer)
+        prepared = self._accelerator.prepare_optimizer(optimizer)
+        # What it adds is the scale of float16 losses; without one it only looks for packages at every step.
+        self._optimizer = optimizer if self._accelerator.scaler is None else prepared
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def loss(self, *inputs: Any) -> torch.Tensor:
