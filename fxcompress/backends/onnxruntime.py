@@ -140,10 +140,14 @@ def _open(
             part or str(model), options, providers=list(backend.providers), disabled_optimizers=disabled_optimizers
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
+        remedy = f"this is onnxruntime {onnxruntime.__version__}; the model may need a newer one, or be built anew"
+        if "NOT_IMPLEMENTED" in str(error):
+            remedy = (
+                "it has no kernel for this type on these providers, for bfloat16 on the CPU say: leave the layer in "
+                "float32 or float16, or use openvino, torchscript or torch_export"
+            )
         raise BackendError(
-            f"ONNX Runtime cannot open the model: {first_line(error)}",
-            where=str(model),
-            remedy=f"this is onnxruntime {onnxruntime.__version__}; the model may need a newer one, or be built anew",
+            f"ONNX Runtime cannot open the model: {first_line(error)}", where=str(model), remedy=remedy
         ) from error
     session.disable_fallback()
     refused = [provider for provider in backend.providers if provider not in session.get_providers()]

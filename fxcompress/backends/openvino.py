@@ -6,6 +6,7 @@ no faster to load where both were measured, and would be a second file to keep t
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -286,7 +287,13 @@ def _dense(value: Array) -> Array:
 
 
 def _reason(error: Exception) -> str:
-    """OpenVINO tells first which of its source lines failed, and then what is wrong."""
+    """OpenVINO tells first which of its source lines failed, and then what is wrong, of a model node by node."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from src", "Check '"))]
-    return (told or lines or [repr(error)])[0]
+    nodes = re.split(
+        r"^-- (\S+?)-\d+ with a message:$", "\n".join(lines).partition("\nSummary:")[0], flags=re.MULTILINE
+    )
+    if len(nodes) > 1:
+        told = zip(nodes[1::2], nodes[2::2], strict=True)
+        return "; ".join(f"{operator}: {message.strip().splitlines()[-1]}" for operator, message in told)
+    told_lines = [line for line in lines if not line.startswith(("Exception from src", "Check '"))]
+    return (told_lines or lines or [repr(error)])[0]

@@ -14,6 +14,10 @@ transposition, another recurrent layer or a reduction say, is then given the mem
 layer gets a transposition of its own, in a form that is not shared::
 
     GRU(x)  ⇒  GRU(transpose(squeeze(transpose(unsqueeze(x)))))
+
+**Circular padding** it has not: dim by dim, the end and the beginning are put before and after::
+
+    Pad(x, before, after, "wrap")  ⇒  Concat(x[-before:], x, x[:after])
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ __all__ = ["lower_operators"]
 
 _AXIS = "fxcompress_leading_axis"
 _BATCH_FIRST = [1, 0, 2]
+_FAR = np.iinfo(np.int64).max
 _RECURRENT = ("GRU", "LSTM", "RNN")
 
 
@@ -38,25 +43,28 @@ def lower_operators(path: Path) -> int:
     """Rewrite an ONNX file in place, its sub-graphs left alone.
 
     Returns:
-        how many products and recurrent layers were rewritten; a file without any is not touched.
+        how many nodes were rewritten; a file without any is not touched.
     """
     model = onnx.load(path, load_external_data=False)
     graph = _Graph(model.graph)
     nodes, rewritten = [], 0
     for node in model.graph.node:
-        made = graph.product(node) or graph.recurrent(node)
+        made = graph.product(node) or graph.recurrent(node) or graph.wrapped(node)
         nodes += made or [node]
         rewritten += made is not None
     if rewritten:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
         model.graph.initializer.append(numpy_helper.from_array(np.array([0]), _AXIS))
+        model.graph.initializer.extend(graph.added)
         path.write_bytes(model.SerializeToString())
     return rewritten
 
 
 class _Graph:
     def __init__(self, graph: onnx.GraphProto) -> None:
+        self.added: list[onnx.TensorProto] = []
+        self._held = {tensor.name: tensor for tensor in graph.initializer}
         self._sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type == "Constant":
@@ -112,6 +120,40 @@ class _Graph:
         made = [*self._through_four_dims(node, own), own]
         self._copies[node.input[0]] = own.input[0]
         return made
+
+    def wrapped(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        """What stands for a circular padding by constants of 0 or more; None for other nodes."""
+        if node.op_type != "Pad" or not any(a.name == "mode" and a.s == b"wrap" for a in node.attribute):
+            return None
+        pads = [self._held.get(name) for name in (node.input[1], *node.input[3:4])]
+        if any(tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in pads):
+            return None
+        amounts, *axes = (numpy_helper.to_array(tensor).tolist() for tensor in pads if tensor is not None)
+        before, after = amounts[: len(amounts) // 2], amounts[len(amounts) // 2 :]
+        if min(amounts, default=0) < 0:
+            return None
+        made: list[onnx.NodeProto] = []
+        x, name = node.input[0], node.name or node.output[0]
+        padded = [
+            dim for dim in zip(axes[0] if axes else range(len(before)), before, after, strict=True) if any(dim[1:])
+        ]
+        for axis, front, back in padded:
+            ends = []
+            for part, amount, bounds in (("end", front, (-front, _FAR)), ("start", back, (0, back))):
+                if amount:
+                    limits = [
+                        self._constant(f"{name}_{axis}_{part}_{n}", value) for n, value in enumerate((*bounds, axis))
+                    ]
+                    ends.append(f"{node.output[0]}_{axis}_{part}")
+                    made.append(helper.make_node("Slice", [x, *limits], ends[-1:], f"{name}/Slice_{axis}_{part}"))
+            parts = [*(ends[:1] if front else []), x, *(ends[-1:] if back else [])]
+            x = node.output[0] if axis == padded[-1][0] else f"{node.output[0]}_{axis}"
+            made.append(helper.make_node("Concat", parts, [x], f"{name}/Concat_{axis}", axis=axis))
+        return made or [helper.make_node("Identity", [x], [node.output[0]], name)]
+
+    def _constant(self, name: str, value: int) -> str:
+        self.added.append(numpy_helper.from_array(np.array([value]), name))
+        return name
 
     @staticmethod
     def _through_four_dims(node: onnx.NodeProto, own: onnx.NodeProto) -> Iterator[onnx.NodeProto]:

@@ -18,6 +18,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import fx, nn
 
+import fxcompress as fxc
 from fxcompress.backends.base import BuildContext
 from fxcompress.backends.bundle import MANIFEST, Manifest
 from fxcompress.backends.bundle_writer import BundleWriter
@@ -235,3 +236,10 @@ def test_op_counts_look_into_branches(open_engine: Open) -> None:
     assert engine.optimized_op_counts() == {"If": 1, "Relu": 1, "Neg": 1}
     x = torch.tensor([[1.0, -1.0, 0.0]])
     assert torch.equal(engine(x, torch.tensor(False)), -x)
+
+
+def test_a_type_without_kernels_is_told_as_such() -> None:
+    compiled = fxc.compile(nn.Linear(4, 2).bfloat16().eval(), [], (torch.randn(2, 4).bfloat16(),), progress=False)
+    with pytest.raises(BackendError, match="NOT_IMPLEMENTED") as caught:
+        compiled.export("onnxruntime")
+    assert "bfloat16" in str(caught.value.remedy) and "openvino" in str(caught.value.remedy)

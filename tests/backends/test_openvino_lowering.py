@@ -131,3 +131,20 @@ def test_attention_that_a_maximum_and_a_recurrent_layer_read() -> None:
 def test_a_recurrent_layer_that_reads_alone_is_left(tmp_path: Path) -> None:
     path = written(nn.GRU(8, 6, batch_first=True), torch.randn(2, 7, 8), tmp_path / "model.onnx")
     assert lower_operators(path) == 0
+
+
+@pytest.mark.parametrize("padding", [(2, 1), (1, 0, 2, 3), (0, 0, 1, 1), (0, 0)], ids=str)
+def test_circular_padding(tmp_path: Path, padding: tuple[int, ...]) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    rank = len(padding) // 2
+
+    class Circular(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.pad(x, padding, mode="circular") * 2
+
+    sizes = (4, 5)[:rank]
+    compiled = fxc.compile(Circular().eval(), example_inputs=(torch.randn(2, 3, *sizes),), progress=False)
+    with compiled.export("openvino") as engine:
+        for batch in (1, 3):
+            x = torch.randn(batch, 3, *sizes)
+            torch.testing.assert_close(engine(x), Circular()(x), rtol=0, atol=0)
