@@ -16,8 +16,9 @@ from fxcompress.passes.low_rank.account import costs, errors, macs_of
 from fxcompress.passes.low_rank.conv_methods import METHODS, Convs, Shape, applies, decompose, price, ranks_at, steps
 from fxcompress.passes.low_rank.data import site_metrics, too_wide
 from fxcompress.passes.low_rank.kernels import kernel_of, refuse_conv
+from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.metric import Metric
-from fxcompress.passes.low_rank.options import check_common, patterns
+from fxcompress.passes.low_rank.options import check_common, check_latency, patterns
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site, find_sites
 from fxcompress.passes.low_rank.splice import splice
 from fxcompress.passes.low_rank.tucker import vbmf_rank
@@ -57,7 +58,9 @@ class FactorizeConv(Pass):
         calibration: batches: what the model takes, or that and labels. Errors are then those of the output.
         batches: most batches to read; None reads all.
         round_to: ranks are multiples of this.
-        cost: what ``ratio`` counts and what has to fall: ``macs`` or ``parameters``.
+        cost: what ``ratio`` counts and what has to fall: ``macs`` or ``parameters``; ``latency`` counts
+            multiply-accumulates, and leaves a site that is no faster, measured on ``backend`` (inside ``compile()``).
+        backend: that latency is measured on.
         force: rewrite even where it does not pay.
         ignore: name patterns of layers to leave alone.
         only: name patterns of the layers to look at; empty means all.
@@ -73,7 +76,8 @@ class FactorizeConv(Pass):
     calibration: Iterable[Any] | None = None
     batches: int | None = None
     round_to: int = 1
-    cost: Literal["macs", "parameters"] = "macs"
+    cost: Literal["macs", "parameters", "latency"] = "macs"
+    backend: str = "onnxruntime"
     force: bool = False
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -91,6 +95,7 @@ class FactorizeConv(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Find the sites, then take their weights one at a time."""
+        check_latency(self, context)
         found = list(find_sites(graph_module, (*CONVS, *TRANSPOSED), refuse_conv, ignore=self.ignore, only=self.only))
         skipped = [item for item in found if isinstance(item, Skip)]
         sites = [item for item in found if isinstance(item, Site)]
@@ -102,6 +107,8 @@ class FactorizeConv(Pass):
             metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches)
             for done, (site, metric, _) in enumerate(metrics):
                 made = self._best(site, _shape(graph_module, site, self.cost), metric)
+                if self.cost == "latency" and not self.force and isinstance(made, Convs):
+                    made = slower(original, site, made.layers, context, self.backend) or made
                 if isinstance(made, Skip):
                     skipped.append(made)
                 else:
@@ -136,7 +143,7 @@ class FactorizeConv(Pass):
                 return (cost, error) if bound else (error, cost)
 
             return min(candidates, key=order)
-        what = "multiply-accumulates" if self.cost == "macs" else "weights"
+        what = "weights" if self.cost == "parameters" else "multiply-accumulates"
         if dear:
             return Skip(site.path, "does_not_pay", f"At those ranks it takes no fewer {what} than {shape.dense}.")
         return Skip(site.path, "full_rank", "Ranks that keep so much approximate nothing.")
@@ -206,7 +213,7 @@ def _shape(graph_module: fx.GraphModule, site: Site, cost: str) -> Shape:
     groups, outputs, inputs, *kernel = kernel_of(site.layer).shape
     before = after = (1,) * len(kernel)
     sizes = GraphSizes(graph_module)
-    if cost == "macs" and sizes.known:
+    if cost != "parameters" and sizes.known:
         node = site.nodes[0]
         values = (node.args[0].meta["val"], node.meta["val"])  # type: ignore[union-attr]
         before, after = (sizes.of(value)[-len(kernel) :] for value in values)

@@ -15,14 +15,20 @@ from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, lost_mean, macs_of
 from fxcompress.passes.low_rank.data import fits, site_metrics, too_wide
-from fxcompress.passes.low_rank.latency import latency_of
-from fxcompress.passes.low_rank.linear_sites import linear_sites, matrix_of, price_of, put_factors, with_bias
+from fxcompress.passes.low_rank.latency import slower
+from fxcompress.passes.low_rank.linear_sites import (
+    factor_layers,
+    linear_sites,
+    matrix_of,
+    price_of,
+    put_factors,
+    with_bias,
+)
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.options import check_common, check_latency, goal_of, patterns
 from fxcompress.passes.low_rank.ranks import share_budget
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.sites import Site
-from fxcompress.passes.low_rank.splice import linear
 from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
 
 __all__ = ["FactorizeLinear"]
@@ -210,18 +216,9 @@ class FactorizeLinear(Pass):
     def _check_latency(self, original: fx.GraphModule, site: Site, made: Factors, context: PassContext) -> Skip | None:
         if self.cost != "latency" or self.force:
             return None
-        node = site.nodes[0].args[0]
-        assert isinstance(node, fx.Node)
-        layer = site.layer
-        if type(layer) is not nn.Linear:
-            return None
-        pair = (linear(made.inner[0], None, layer), linear(made.outer[0], layer.bias, layer))
-        before = latency_of(original, node.meta["val"], (layer,), context, self.backend)
-        after = latency_of(original, node.meta["val"], pair, context, self.backend)
-        if after < before:
-            return None
-        told = f"On {self.backend} two layers take {after:.3g} ms, this one {before:.3g} ms."
-        return Skip(site.path, "does_not_pay", told)
+        outer = nn.Parameter(made.outer[0], site.layer.weight.requires_grad)
+        pair = factor_layers(site.layer, outer, made.inner[0], getattr(site.layer, "bias", None))
+        return slower(original, site, pair, context, self.backend)
 
     # --- the rewrite -------------------------------------------------------------------------------------------
 
@@ -250,7 +247,7 @@ class FactorizeLinear(Pass):
             own = inner.numel() + (outer.numel() if site is first else 0) + (0 if bias is None else bias.numel())
             told = len(site.nodes)
             detail: dict[str, Any] = {
-                "method": self._method,
+                "method": self._method if metric.measures or self.method == "svd" else "svd",
                 "rank": made.rank,
                 "shape": list(weight.shape[1:]),
                 **costs(count, own, before, None if after is None else after * told),

@@ -18,8 +18,9 @@ from fxcompress.passes.low_rank.account import costs, errors, macs_of
 from fxcompress.passes.low_rank.data import site_metrics, too_wide
 from fxcompress.passes.low_rank.decouple import Decoupled, channel_energies, decouple
 from fxcompress.passes.low_rank.kernels import kernel_of, pointwise, refuse_conv
+from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.metric import Metric
-from fxcompress.passes.low_rank.options import check_common, patterns
+from fxcompress.passes.low_rank.options import check_common, check_latency, patterns
 from fxcompress.passes.low_rank.ranks import Goal, Price
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.separable_block import ACTIVATIONS, block_norm, depthwise
@@ -51,7 +52,9 @@ class SubstituteDepthwiseSeparable(Pass):
         calibration: batches: what the model takes, or that and labels. The pointwise part is fitted to the original
             output by least squares.
         batches: most batches to read; None reads all.
-        cost: what has to fall: ``macs`` or ``parameters``.
+        cost: what has to fall: ``macs`` or ``parameters``; ``latency`` counts multiply-accumulates, and leaves a site
+            that is no faster by measurement on ``backend`` (inside ``compile()``).
+        backend: that latency is measured on.
         force: rewrite even where it does not pay.
         norm: put a batch norm between the two, for training. With ``calibration`` it has the statistics of the data;
             it changes nothing until it is trained.
@@ -68,7 +71,8 @@ class SubstituteDepthwiseSeparable(Pass):
     error: float | None = None
     calibration: Iterable[Any] | None = None
     batches: int | None = None
-    cost: Literal["macs", "parameters"] = "macs"
+    cost: Literal["macs", "parameters", "latency"] = "macs"
+    backend: str = "onnxruntime"
     force: bool = False
     norm: bool = False
     activation: Literal["relu", "relu6", "silu", "hardswish"] | None = None
@@ -84,6 +88,7 @@ class SubstituteDepthwiseSeparable(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Find the sites, then take their weights one at a time."""
+        check_latency(self, context)
         found = list(find_sites(graph_module, (*CONVS, *TRANSPOSED), refuse_conv, ignore=self.ignore, only=self.only))
         skipped = [item for item in found if isinstance(item, Skip)]
         sites = [item for item in found if isinstance(item, Site)]
@@ -95,6 +100,10 @@ class SubstituteDepthwiseSeparable(Pass):
             metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches)
             for done, (site, metric, moments) in enumerate(metrics):
                 made = self._decoupled(graph_module, site, metric, moments)
+                if self.cost == "latency" and not self.force and isinstance(made, Decoupled):
+                    made = (
+                        slower(original, site, self._layers(site.layer, made, moments), context, self.backend) or made
+                    )
                 if isinstance(made, Skip):
                     skipped.append(made)
                 else:
@@ -126,7 +135,7 @@ class SubstituteDepthwiseSeparable(Pass):
                 if errors(kernel.flatten(2), made.matrix(), metric)["output_error"] <= self.error:
                     break
         if not self.force and not price.pays(terms):
-            what = "multiply-accumulates" if self.cost == "macs" else "weights"
+            what = "weights" if self.cost == "parameters" else "multiply-accumulates"
             told = f"With {terms} terms it takes {terms * price.unit} {what}, as it is {price.dense}."
             return Skip(site.path, "does_not_pay", told)
         return made or decouple(kernel, terms, metric, moments)
@@ -146,16 +155,18 @@ class SubstituteDepthwiseSeparable(Pass):
         unit = groups * inputs * (moved * size + mixed * outputs)
         return Price(moved * groups * outputs * inputs * size, unit, full)
 
+    def _layers(self, layer: Any, made: Decoupled, moments: Moments | None) -> list[nn.Module]:
+        chain: list[nn.Module] = [depthwise(layer, made.depthwise), pointwise(layer, made.pointwise, layer.bias)]
+        if self.norm:
+            chain.insert(1, block_norm(layer, made.depthwise, moments, trains=self.activation is not None))
+        return chain
+
     def _put(
         self, editor: GraphEditor, site: Site, made: Decoupled, metric: Metric, moments: Moments | None
     ) -> Rewrite:
         layer = site.layer
         terms = made.depthwise.shape[2]
-        first = depthwise(layer, made.depthwise)
-        last = pointwise(layer, made.pointwise, layer.bias)
-        chain: list[nn.Module] = [first, last]
-        if self.norm:
-            chain.insert(1, block_norm(layer, made.depthwise, moments, trains=self.activation is not None))
+        chain = self._layers(layer, made, moments)
         before = macs_of(editor.graph_module, site.nodes)
         calls: dict[int, Any] = {} if self.activation is None else {1: ACTIVATIONS[self.activation]}
         measured = errors(kernel_of(layer).flatten(2), made.matrix(), metric)

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 
 import fxcompress as fxc
+from fxcompress.capture import capture
 from fxcompress.errors import OptionError
-from fxcompress.passes import FactorizeConv, FactorizeLinear, FuseModules, PruneChannels
+from fxcompress.passes import FactorizeConv, FactorizeLinear, FuseModules, PruneChannels, SubstituteDepthwiseSeparable
+from fxcompress.passes.base import PassContext
 from tests.support import check_pass
 
 LAYERS = {
@@ -171,3 +173,38 @@ def test_together_with_other_passes_and_as_an_engine(method, tmp_path):
     compiled.module.train()
     compiled.module(x).square().mean().backward()
     assert all(p.grad is not None for p in compiled.module.parameters())
+
+
+@pytest.mark.parametrize("channels", [(3, 32), (32, 3), (2, 40), (3, 64)])
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"rank": (1, 20)}, {"error": 0.3}, {"rank": "vbmf"}])
+def test_tucker_between_few_channels_and_many(channels, options):
+    torch.manual_seed(0)
+    inputs, outputs = channels
+    model, x = nn.Sequential(nn.Conv2d(inputs, outputs, 3)).eval(), torch.randn(4, inputs, 8, 8)
+    pass_ = FactorizeConv(method="tucker2", calibration=[x], force=True, **options)
+    result = check_pass(model, (x,), pass_, idempotent=False)  # forced, and so it would be again
+    for rewrite in result.rewrites:
+        with torch.no_grad():
+            left = (result.graph_module(x) - model(x)).double()
+            whole = (model(x) - model[0].bias.view(-1, 1, 1)).double()
+        assert abs(float(left.norm() / whole.norm()) - rewrite.detail["output_error"]) < 1e-5
+
+
+@pytest.mark.parametrize("pass_", [FactorizeConv, SubstituteDepthwiseSeparable])
+def test_what_is_no_faster_by_measurement_is_left(pass_):
+    torch.manual_seed(0)
+    graph_module = capture(nn.Sequential(nn.Conv2d(16, 32, 3)).eval(), (torch.randn(2, 16, 8, 8),))
+    with pytest.raises(OptionError, match="latency cannot be measured"):
+        pass_(ratio=0.5, cost="latency").run(graph_module, PassContext())
+    for slow in (True, False):
+
+        def latency(graph, backend, slow=slow):
+            layers = sum(node.op == "call_module" for node in graph.graph.nodes)
+            return float(layers if slow else -layers)
+
+        made = capture(nn.Sequential(nn.Conv2d(16, 32, 3)).eval(), (torch.randn(2, 16, 8, 8),))
+        result = pass_(ratio=0.5, cost="latency").run(made, PassContext(latency=latency))
+        assert [skip.code for skip in result.skipped] == (["does_not_pay"] if slow else [])
+        assert len(result.rewrites) == (not slow)
+        if slow:
+            assert "onnxruntime" in result.skipped[0].reason

@@ -337,6 +337,17 @@ def test_refit_reads_the_data_once_for_layers_side_by_side():
             sum(float((made.graph_module(x) - model(x)).square().sum()) for x in data) for made in (plain, fitted)
         ]
     assert errors[1] < errors[0]
+    for rewrite in fitted.rewrites:
+        weight = model.get_submodule(rewrite.site).weight.detach()
+        left = weight - weight_of(fitted.graph_module, rewrite.site)
+        assert abs(rewrite.detail["weight_error"] - float(left.norm() / weight.norm())) < 1e-5
+    q = fitted.rewrites[0]  # reads what it read before, so that its loss is that of its new weight on the data
+    rows = torch.cat(list(data)).flatten(0, 1)
+    left = model.q.weight.detach() - weight_of(fitted.graph_module, "q")
+    assert q.site == "q"
+    assert abs(q.detail["loss"] / float((rows @ left.T).square().sum()) - 1) < 1e-4
+    whole = float((rows @ model.q.weight.detach().T).square().sum())
+    assert abs(q.detail["output_error"] ** 2 - q.detail["loss"] / whole) < 1e-5
 
 
 def test_fewer_rows_than_features_are_told():
@@ -359,6 +370,29 @@ def test_a_generator_serves_once_and_refit_needs_more():
         FactorizeLinear(rank=4, calibration=data).run(graph_module, PassContext())
     with pytest.raises(OptionError, match="read only once"):
         FactorizeLinear(rank=4, calibration=(part for part in x.split(8)), refit=True).run(graph_module, PassContext())
+
+
+def test_quantized_layers_are_left_with_the_reason():
+    model, x = mlp(), torch.randn(4, 24)
+    for first, codes in (
+        (fxc.passes.Quantize([x]), {"0": "quantized", "2": "quantized"}),
+        (fxc.passes.QuantizeDynamic(), {"0": "quantized", "2": "quantized"}),
+    ):
+        result = fxc.compile(model, [first, FactorizeLinear(rank=4)], (x,)).report.passes[1]
+        assert {skip.site: skip.code for skip in result.skipped} == codes
+        assert not result.rewrites
+
+
+def test_an_embedding_says_that_it_was_factored_without_data():
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50, (3, 7))
+    pass_ = FactorizeLinear(rank=4, embeddings=True, calibration=[tokens])
+    result = check_pass(Language(False).eval(), (tokens,), pass_, rewrites=["table", "body", "head"])
+    assert {r.site: r.detail["method"] for r in result.rewrites} == {
+        "table": "svd",
+        "body": "whitened",
+        "head": "whitened",
+    }
 
 
 def test_options_are_checked():
@@ -392,6 +426,9 @@ def test_latency_decides_where_it_is_asked_for():
 
     result = FactorizeLinear(rank=2, cost="latency").run(graph_module, PassContext(latency=latency))
     assert {skip.site: skip.code for skip in result.skipped} == {"0": "does_not_pay", "2": "does_not_pay"}
+    conv, x = nn.Sequential(nn.Conv2d(24, 32, 1)).eval(), torch.randn(2, 24, 5, 5)
+    result = FactorizeLinear(rank=2, cost="latency").run(capture(conv, (x,)), PassContext(latency=latency))
+    assert {skip.site: skip.code for skip in result.skipped} == {"0": "does_not_pay"}
 
 
 @pytest.mark.parametrize("before", [True, False])

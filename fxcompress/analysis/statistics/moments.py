@@ -125,13 +125,18 @@ class CrossMoments:
     Attributes:
         cross: Σ y xᵀ, float64 ``[y's features, x's features]``.
         moments: of x, with one group.
+        sum: Σ y, float64.
+        energy: Σ ‖y‖².
     """
 
     cross: torch.Tensor
     moments: Moments
+    sum: torch.Tensor
+    energy: float
 
     def __add__(self, other: CrossMoments) -> CrossMoments:
-        return CrossMoments(self.cross + other.cross, self.moments + other.moments)
+        sums = (self.sum + other.sum, self.energy + other.energy)
+        return CrossMoments(self.cross + other.cross, self.moments + other.moments, *sums)
 
 
 @dataclass(frozen=True)
@@ -155,15 +160,21 @@ class _CrossProducts(Accumulator):
         self.dim = dim
         self.cross: torch.Tensor | None = None
         self.products = _Products(None, None)
+        self.sum: torch.Tensor | float = 0.0
+        self.energy = 0.0
 
     def add(self, *tensors: torch.Tensor) -> None:
         left, right = (t.movedim(self.dim, -1).reshape(-1, t.shape[self.dim]) for t in tensors)
         self.products.add(right)
         step = max(1, _CHUNK // max(1, left.shape[1], right.shape[1]))
         for first, second in zip(left.split(step), right.split(step), strict=True):
-            found = first.double().T @ second.double()
+            wide = first.double()
+            found = wide.T @ second.double()
             self.cross = found if self.cross is None else self.cross.add_(found)
+            self.sum = self.sum + wide.sum(0)
+            self.energy += float(wide.square().sum())
 
     def value(self) -> CrossMoments:
         assert self.cross is not None
-        return CrossMoments(self.cross, self.products.value())
+        assert isinstance(self.sum, torch.Tensor)
+        return CrossMoments(self.cross, self.products.value(), self.sum, self.energy)

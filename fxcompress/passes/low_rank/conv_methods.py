@@ -103,10 +103,12 @@ def ranks_at(method: str, shape: Shape, step: int, round_to: int = 1) -> tuple[i
     if method != "tucker2":
         return (max(round_to, step // round_to * round_to),)
     whole = max(shape.outputs, shape.inputs)
-    return tuple(
+    inner, outer = (
         min(width, max(round_to, math.ceil(width * step / whole) // round_to * round_to))
         for width in (shape.inputs, shape.outputs)
     )
+    size = math.prod(shape.kernel)
+    return min(inner, outer * size), min(outer, inner * size)  # more says nothing: the core has no such rank
 
 
 def price(method: str, shape: Shape, ranks: Sequence[int]) -> int:
@@ -201,9 +203,13 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
         made = truncate(fitted, Metric(seen, singular=True), outer_rank) if outer_rank < min(fitted.shape[1:]) else 0
         if isinstance(made, Factors):
             outer, core = made.outer, made.inner.unflatten(2, (inner_rank, size))
-        else:
-            outer = torch.eye(outputs, outer_rank, dtype=basis.dtype, device=basis.device).expand(groups, -1, -1)
+        elif outer_rank == outputs:
+            outer = torch.eye(outputs, dtype=basis.dtype, device=basis.device).expand(groups, -1, -1)
             core = fitted.unflatten(2, (inner_rank, size))
+        else:  # the middle convolution can hand on all that it reads
+            one = torch.eye(outer_rank, fitted.shape[2], dtype=basis.dtype, device=basis.device)
+            outer = fitted @ one.T
+            core = one.expand(groups, -1, -1).unflatten(2, (inner_rank, size))
     dtype = kernel.dtype
     basis, outer, core = basis.to(dtype), outer.to(dtype), core.to(dtype)
     every = tuple(range(len(spatial)))

@@ -12,9 +12,32 @@ from fxcompress.analysis.sizes import GraphSizes
 from fxcompress.capture import capture
 from fxcompress.graph.info import info
 from fxcompress.graph.shapes import require_shapes
-from fxcompress.passes.base import PassContext
+from fxcompress.passes.base import PassContext, Skip
+from fxcompress.passes.low_rank.sites import Site
 
-__all__ = ["latency_of"]
+__all__ = ["slower"]
+
+
+def slower(
+    graph_module: fx.GraphModule, site: Site, layers: Sequence[nn.Module], context: PassContext, backend: str
+) -> Skip | None:
+    """The reason why ``layers`` do not pay in the place of the site's layer, or None: measured each on its own.
+
+    Args:
+        graph_module: the graph that the site is of, with shapes.
+        site: its first call is measured.
+        layers: one after another.
+        context: with the means to measure.
+        backend: to measure on.
+    """
+    source = site.nodes[0].args[0]
+    assert isinstance(source, fx.Node)
+    before = latency_of(graph_module, source.meta["val"], (site.layer,), context, backend)
+    after = latency_of(graph_module, source.meta["val"], layers, context, backend)
+    if after < before:
+        return None
+    told = f"On {backend} {len(layers)} layers take {after:.3g} ms, this one {before:.3g} ms."
+    return Skip(site.path, "does_not_pay", told, tuple(node.name for node in site.nodes))
 
 
 def latency_of(

@@ -15,7 +15,7 @@ from fxcompress.passes.low_rank.ranks import Price
 from fxcompress.passes.low_rank.sites import CONVS, Site, find_sites
 from fxcompress.passes.low_rank.splice import conv_like, linear, splice
 
-__all__ = ["linear_sites", "matrix_of", "price_of", "put_factors", "with_bias"]
+__all__ = ["factor_layers", "linear_sites", "matrix_of", "price_of", "put_factors", "with_bias"]
 
 
 def linear_sites(
@@ -107,7 +107,13 @@ def put_factors(
         inner: ``[rank, d]``.
         bias: of the second layer.
     """
-    layer = site.layer
+    return splice(editor, site, factor_layers(site.layer, outer, inner, bias))
+
+
+def factor_layers(
+    layer: Any, outer: nn.Parameter, inner: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[nn.Module, nn.Module]:
+    """The two layers of :func:`put_factors`."""
     if type(layer) is nn.Embedding:
         table = nn.Embedding(
             layer.num_embeddings,
@@ -118,11 +124,11 @@ def put_factors(
             device="meta",
         )
         table.weight = outer
-        return splice(editor, site, (table, linear(inner.T, None, layer)))
+        return table, linear(inner.T, None, layer)
     if type(layer) is nn.Linear:
         second = linear(outer.detach(), bias, layer)
         second.weight = outer
-        return splice(editor, site, (linear(inner, None, layer), second))
+        return linear(inner, None, layer), second
     ones = (1,) * len(layer.kernel_size)
     first = conv_like(
         layer,
@@ -131,4 +137,4 @@ def put_factors(
         padding=layer.padding,
         padding_mode=layer.padding_mode,
     )
-    return splice(editor, site, (first, conv_like(layer, outer.detach().reshape(*outer.shape, *ones), bias)))
+    return first, conv_like(layer, outer.detach().reshape(*outer.shape, *ones), bias)

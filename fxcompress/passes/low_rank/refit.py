@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.queries import calls_of
 from fxcompress.passes.base import PassContext, Rewrite
+from fxcompress.passes.low_rank.account import errors
+from fxcompress.passes.low_rank.metric import plain_metric
 
 __all__ = ["refit_outer", "ridge"]
 
@@ -88,10 +91,13 @@ def refit_outer(
         with GraphEditor(graph_module) as editor:
             for index in together:
                 found: list[CrossMoments] = [read[pair] for pair in pairs[index]]
-                last = _last(graph_module, rewrites[index])[0]
-                path = rewrites[index].detail["layers"][-1]
-                editor.set_tensor(f"{path}.weight", _refitted(last, sum(found[1:], found[0])))
-                made[index] = dataclasses.replace(rewrites[index], detail={**rewrites[index].detail, "refitted": True})
+                rewrite = rewrites[index]
+                last = _last(graph_module, rewrite)[0]
+                weight, measured = _refitted(last, sum(found[1:], found[0]))
+                editor.set_tensor(f"{rewrite.detail['layers'][-1]}.weight", weight)
+                measured["weight_error"] = _weight_error(original, graph_module, rewrite)
+                kept = {key: value for key, value in rewrite.detail.items() if key != "tail"}
+                made[index] = dataclasses.replace(rewrite, detail={**kept, **measured, "refitted": True})
     return made
 
 
@@ -149,10 +155,27 @@ def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node
         yield together
 
 
-def _refitted(last: Any, sums: CrossMoments) -> torch.Tensor:
-    """The weight of ``last`` with which it comes closest to the original output."""
+def _refitted(last: Any, sums: CrossMoments) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The weight of ``last`` with which it comes closest to the original output, and what it then loses."""
     cross, moment = sums.cross, sums.moments.total[0]
+    energy = sums.energy
     if last.bias is not None:
-        cross = cross - last.bias.detach().double()[:, None] * sums.moments.sum
-    now = last.weight.detach().double().flatten(1)
-    return ridge(cross, moment, now).reshape(last.weight.shape).to(last.weight.dtype)
+        bias = last.bias.detach().double()
+        cross = cross - bias[:, None] * sums.moments.sum
+        energy += float(sums.moments.count * bias.square().sum() - 2 * bias @ sums.sum)
+    fitted = ridge(cross, moment, last.weight.detach().double().flatten(1)).to(last.weight.dtype)
+    wide = fitted.double()
+    loss = max(energy - 2 * float((wide * cross).sum()) + float(((wide @ moment) * wide).sum()), 0.0)
+    error = math.sqrt(loss / energy) if energy > 0 else 0.0
+    return fitted.reshape(last.weight.shape), {"loss": loss, "output_error": error}
+
+
+def _weight_error(original: fx.GraphModule, graph_module: fx.GraphModule, rewrite: Rewrite) -> float | None:
+    """Of two linear layers; None where something stands between them, so that they are no matrix."""
+    layer: Any = original.get_submodule(rewrite.site)
+    first: Any = graph_module.get_submodule(rewrite.detail["layers"][0])
+    last: Any = graph_module.get_submodule(rewrite.detail["layers"][-1])
+    if len(rewrite.detail["layers"]) > 2 or getattr(first, "groups", 1) > 1:
+        return None
+    given, outer, inner = (item.weight.detach().flatten(1)[None] for item in (layer, last, first))
+    return float(errors(given, (outer, inner), plain_metric())["weight_error"])

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from fxcompress.graph.queries import GraphIndex, matching_layers, module_of
 from fxcompress.passes.base import Skip
+from fxcompress.quantization.integer_layers import BlockLinear, DynamicLinear
 
 __all__ = ["CONVS", "TRANSPOSED", "Site", "find_sites"]
 
@@ -61,9 +62,13 @@ def find_sites(
     chosen = set(matching_layers(graph_module, only)) if only else set(index.calls)
     for path, nodes in index.calls.items():
         layer: Any = module_of(graph_module, nodes[0])
-        if type(layer) not in kinds or path not in chosen:
+        if path not in chosen or not _counts_as(layer, kinds):
             continue
         names = tuple(node.name for node in nodes)
+        if type(layer) not in kinds:
+            what = f"It is a {type(layer).__name__}, which does more than its weights say: factor before quantizing."
+            yield Skip(path, "quantized", what, names)
+            continue
         if path in ignored:
             yield Skip(path, "ignored", "It matches a pattern of ignore.")
             continue
@@ -88,6 +93,10 @@ def find_sites(
             yield Skip(path, "already_factorized", what, names)
         else:
             yield Site(path, layer, nodes)
+
+
+def _counts_as(layer: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return isinstance(layer, kinds) or (nn.Linear in kinds and isinstance(layer, (BlockLinear, DynamicLinear)))
 
 
 def _sharers(index: GraphIndex, path: str, layer: Any) -> list[str]:
