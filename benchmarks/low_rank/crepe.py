@@ -119,8 +119,9 @@ def crepe(ratios: tuple[float, ...]) -> None:
         notes=[
             "CREPE tiny with its published weights; conv2 to conv6 (kernels of 64 × 1, so that there is no spatial "
             "factorization) at a ratio of their multiply-accumulates, no training after. 1,000 synthetic frames of "
-            "known pitch between 60 and 1,000 Hz; calibrated on 96 others. `sites`: layers that were rewritten; with `where "
-            'faster` those whose replacement took less time than they in ONNX Runtime (cost="latency"). Latency: median of ONNX Runtime at batch 1, '
+            "known pitch between 60 and 1,000 Hz; calibrated on 96 others. `sites`: layers that were rewritten; of "
+            "`where faster` (cost latency) those whose replacement took less time than they, each alone. "
+            "Latency: median of ONNX Runtime at batch 1, "
             "one thread."
         ],
         facts=machine_facts(torch.get_num_threads()),
