@@ -20,13 +20,13 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnxscript
-import onnxsim
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
 from fxcompress.backends.onnx_cleanup import clean_up, resolve_casts
 from fxcompress.backends.onnx_decompose import OnnxReadyProgram, RetracedProgram
+from fxcompress.backends.onnx_simplify import simplify as simplify_model
 from fxcompress.backends.onnx_translate import translation_table
 from fxcompress.backends.onnx_weights import fold_weights, strip_weights, write_model
 from fxcompress.backends.signature import TensorSpec, signature_of
@@ -112,7 +112,7 @@ def write_onnx(
     if simplify:
         tell("simplify ONNX")
         try:
-            model, _ = onnxsim.simplify(model)
+            model = simplify_model(model)
         except (RuntimeError, TypeError, ValueError) as error:
             notes.append(f"onnxsim failed, so the ONNX file is not simplified: {_innermost(error)}")
         fold_weights(model.graph, weights)

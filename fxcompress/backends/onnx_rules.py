@@ -128,6 +128,21 @@ def _mean(lowering: Lowering, a: dict[str, Any]) -> Any:
     return lowering.emit(aten.reshape.default, (pooled, [-1, int(value.shape[1])]), value=lowering.value)
 
 
+def _reduced_wide(target: torch._ops.OpOverload) -> Rule:
+    """Reductions of 16-bit numbers in float32, as PyTorch does them: the exporter widens them, but not back."""
+
+    def rule(lowering: Lowering, a: dict[str, Any]) -> Any:
+        narrow = a["self"].meta["val"].dtype
+        if narrow not in (torch.float16, torch.bfloat16) or a.get("dtype") not in (None, narrow):
+            return NotImplemented
+        wide = lowering.emit(aten._to_copy.default, (a["self"],), {"dtype": torch.float32})
+        rest = {name: value for name, value in a.items() if name not in ("self", "dtype")}
+        made = lowering.emit(target, (wide, *rest.values()))
+        return lowering.emit(aten._to_copy.default, (made,), {"dtype": narrow}, value=lowering.value)
+
+    return rule
+
+
 def _batch_norm(lowering: Lowering, a: dict[str, Any]) -> Any:
     if a["training"] or a["running_mean"] is None or a["running_var"] is None:
         return NotImplemented
@@ -195,6 +210,18 @@ RULES: dict[Any, Rule] = {
     aten.unsafe_split_with_sizes.default: _split,
     aten.unbind.int: _unbind,
     aten.mean.dim: _mean,
+    **{
+        target: _reduced_wide(target)
+        for target in (
+            aten.amax.default,
+            aten.amin.default,
+            aten.cumsum.default,
+            aten.prod.default,
+            aten.prod.dim_int,
+            aten.sum.default,
+            aten.sum.dim_IntList,
+        )
+    },
     aten.batch_norm.default: _batch_norm,
     aten.adaptive_avg_pool1d.default: _adaptive_pool,
     aten.adaptive_avg_pool2d.default: _adaptive_pool,

@@ -146,7 +146,7 @@ def _compute(
     }
     try:
         arrays = [np.ascontiguousarray(result) for result in ReferenceEvaluator(node).run(None, feeds)]
-        results = [torch.from_numpy(array) for array in arrays]
+        results = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in arrays]
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return None
     grows = _bytes_of(results) > 2 * sum(feed.nbytes for feed in feeds.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -443,3 +444,45 @@ def test_the_graph_is_not_changed(tmp_path: Path) -> None:
     assert str(graph.graph) == before[0]
     assert all(torch.equal(graph.state_dict()[name], tensor) for name, tensor in before[1].items())
     assert onnx_export.OnnxFile.__dataclass_params__.frozen
+
+
+# -- 16-bit numbers, and what onnxsim says -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reduce",
+    [
+        lambda x: x.sum((2, 3)),
+        lambda x: x.sum(),
+        lambda x: x.amax(1),
+        lambda x: x.amin((1, 2), keepdim=True),
+        lambda x: x.cumsum(1) + x,
+        lambda x: x.prod(1),
+    ],
+    ids=["sum", "sum_all", "amax", "amin", "cumsum", "prod"],
+)
+def test_reductions_in_float16_stay_in_float16(reduce: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path) -> None:
+    class Reduces(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return reduce(x)
+
+    check(Reduces(), seeded(lambda batch: (torch.randn(batch, 3, 4, 5).half(),)), tmp_path, tolerance=2e-2)
+
+
+def test_onnxsim_is_quiet_about_what_it_leaves(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4)).bfloat16().eval()
+    write_onnx(capture(model, (torch.randn(2, 4).bfloat16(),)), tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_onnxsim_says_before_it_fails_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(model: onnx.ModelProto) -> None:
+        os.write(2, b"said in C++\n")
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("fxcompress.backends.onnx_simplify.onnxsim.simplify", fail)
+    file = write_onnx(capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)), tmp_path / "model.onnx")
+    assert "said in C++" in capfd.readouterr().err
+    assert any("no such luck" in note for note in file.notes)
