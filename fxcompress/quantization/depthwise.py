@@ -89,7 +89,7 @@ def without_limits(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module = copy_graph(graph_module)
     with GraphEditor(graph_module) as editor:
         for node in graph_module.graph.find_nodes(op="call_function", target=aten.clamp.Tensor):
-            low, high = (_constant(graph_module, end) for end in node.args[1:3])
+            low, high = (_constant(graph_module, end) for end in (*node.args, None)[1:3])  # one may be left out
             (user, *others) = node.users or (None,)
             if low is None or high is None or others or user is None or user.op != "call_module":
                 continue

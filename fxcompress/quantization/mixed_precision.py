@@ -49,7 +49,7 @@ def fewest(total: int, drop: Callable[[int], float], allowed: float) -> Choice:
 
     low, high = 0, 1
     if fits(0):
-        return Choice(0, tried[0], tried)
+        return Choice(0, tried.get(0, 0.0), tried)
     while not fits(high):
         low, high = high, min(2 * high, total)
     while high - low > 1:

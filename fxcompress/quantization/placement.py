@@ -17,6 +17,9 @@ __all__ = ["Placement", "place"]
 
 aten = torch.ops.aten
 
+# Layers of products that no integer form is made of here: transposed convolutions, recurrent and bilinear layers.
+_WITHOUT_KERNEL = (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear)
+
 _MOVEMENT = {
     aten.view.default,
     aten.reshape.default,
@@ -105,7 +108,10 @@ def _active_layers(
     for path, nodes in calls.items():
         layer = graph_module.get_submodule(path)
         if type(layer) not in QUANTIZED:
-            if isinstance(layer, nn.modules.conv._ConvNd) and type(layer) not in QUANTIZED.values():
+            if (
+                isinstance(layer, (nn.modules.conv._ConvNd, nn.RNNBase, nn.Bilinear))
+                and type(layer) not in QUANTIZED.values()
+            ):
                 placement.left[path] = ("kind", f"{type(layer).__name__} has no integer kernel in the engine")
             continue
         reason = ignored(path)

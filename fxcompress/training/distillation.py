@@ -105,6 +105,12 @@ class Distillation(Objective):
             return 1 - functional.cosine_similarity(output, target, dim=-1).mean()
         heat = self.weights.temperature
         student = classes_last(output, labels)
+        if student.shape[-1] < 2:
+            raise PreconditionError(
+                f"outputs {list(output.shape)} have one class, whose probability is 1 whatever the weights are",
+                where="match",
+                remedy="give match='mse'",
+            )
         wanted = torch.stack([classes_last(found, labels).div(heat).softmax(-1) for found in theirs]).mean(0)
         student, wanted = student.flatten(0, -2), wanted.flatten(0, -2)
         if labels is not None and labels.dtype == torch.int64 and labels.numel() == len(student):

@@ -307,3 +307,35 @@ def test_metric_and_data_come_from_a_file(tmp_path, model):
     text = f"quantize(data='{file}:batches', max_drop=0.1, metric='{file}:accuracy')"
     compiled = fxc.compile(model, ["fuse_modules", parse_pass(text, load_value)], (X,), progress=False)
     assert "0 of 7 layers stay in floating point: the drop of the metric is 0" in compiled.report.passes[1].note
+
+
+@pytest.mark.parametrize("ends", [{"min": True}, {"max": True}, {"min": True, "max": True}], ids=["min", "max", "both"])
+def test_clips_with_limits_for_each_channel_lower(ends: dict[str, bool]) -> None:
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.register_buffer("low", torch.tensor([-0.5, 0.0, -0.2, 0.1]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            limits = {name: self.low + (name == "max") for name in ends}
+            return self.second(torch.clamp(self.first(x), **limits))
+
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    compiled = fxc.compile(Clips().eval(), [FuseModules(), Quantize([x])], (x,), backend="onnxruntime")
+    assert compiled.report.engine is not None
+    assert max(compiled.report.engine.errors.values()) <= compiled.report.engine.tolerance
+
+
+def test_recurrent_layers_that_stay_in_floating_point_are_told() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.cells(x)[0])
+
+    x = torch.randn(3, 5, 4)
+    (done,) = fxc.compile(Tagger().eval(), [Quantize([x])], (x,)).report.passes
+    assert ("cells", "kind") in [(skip.site, skip.code) for skip in done.skipped]

@@ -253,3 +253,10 @@ def test_teacher_is_the_model_before_any_pass() -> None:
     taught = fxc.compile(model, [*passes, distill], (inputs[:2],), progress=False)
     errors = [float(functional.mse_loss(found(inputs), model(inputs)).detach()) for found in (pruned, taught)]
     assert errors[1] < errors[0] / 4
+
+
+def test_soft_targets_of_one_class_teach_nothing_and_are_refused() -> None:
+    x = torch.randn(4, 1, 6, 6)
+    with pytest.raises(PreconditionError, match="have one class") as caught:
+        fxc.compile(convnet(4, classes=1), [fxc.passes.Distill([x], steps=1, alpha=1.0)], (x,))
+    assert "mse" in str(caught.value.remedy)
