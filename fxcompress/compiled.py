@@ -197,21 +197,22 @@ def build_engine(
     return engine
 
 
-def latency_on(
-    leaves: Sequence[Any], backend: Backend | None, *, repetitions: int = 30
-) -> Callable[[fx.GraphModule, str], float]:
+def latency_on(leaves: Sequence[Any], backend: Backend | None, *, repetitions: int = 30) -> Callable[..., float]:
     """For passes with a latency target: median milliseconds of a graph on a backend, by building and timing it.
+
+    What it returns is called with a graph, the name of a backend, and flat inputs where the graph is not the model.
 
     Args:
         leaves: flat example inputs; their batch size is the one measured.
         backend: that the model is compiled for; a pass that names it gets its options.
         repetitions: calls measured, after five that are not.
     """
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-    def latency(graph_module: fx.GraphModule, name: str) -> float:
+    def latency(graph_module: fx.GraphModule, name: str, own: Sequence[Any] | None = None) -> float:
+        given = leaves if own is None else own
+        tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         chosen = backend if backend is not None and backend.name == name else resolve_backend(name)
-        with chosen.build(graph_module, None, BuildContext(example_inputs=leaves)) as engine:
+        with chosen.build(graph_module, None, BuildContext(example_inputs=given)) as engine:
             args, kwargs = engine.manifest.input_structure.unflatten(tensors)
             inputs = {**kwargs} if kwargs and not args else tuple(args)
             return float(engine.benchmark(inputs, repetitions=repetitions).median_ms)

@@ -90,14 +90,15 @@ class PassContext:
         progress: called with (done, total, what) by long passes.
         hooks: act on every run of training inside (:class:`fxcompress.training.hooks.Hook`).
         prove: whether passes that hold passes compare outputs before and after each.
-        latency: median milliseconds of a graph on the backend of that name, measured now; None where none can be.
+        latency: median milliseconds of a graph on the backend of that name, measured now, with flat inputs as a third
+            argument where they are not the example inputs; None where nothing can be measured.
     """
 
     example_inputs: Sequence[Any] | None = None
     original: fx.GraphModule | None = None
     seed: int = 0
     progress: Callable[[int, int, str], None] | None = None
-    latency: Callable[[fx.GraphModule, str], float] | None = None
+    latency: Callable[..., float] | None = None
     hooks: Sequence[Any] = ()
     prove: bool = True
 

@@ -198,7 +198,7 @@ def test_what_is_no_faster_by_measurement_is_left(pass_):
         pass_(ratio=0.5, cost="latency").run(graph_module, PassContext())
     for slow in (True, False):
 
-        def latency(graph, backend, slow=slow):
+        def latency(graph, backend, inputs, slow=slow):
             layers = sum(node.op == "call_module" for node in graph.graph.nodes)
             return float(layers if slow else -layers)
 
@@ -208,3 +208,19 @@ def test_what_is_no_faster_by_measurement_is_left(pass_):
         assert len(result.rewrites) == (not slow)
         if slow:
             assert "onnxruntime" in result.skipped[0].reason
+
+
+def test_latency_is_measured_inside_compile():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 16, 64)]
+    model = nn.Sequential(*layers).eval()
+    passes = [
+        FactorizeConv(ratio=0.5, cost="latency", only="0"),
+        SubstituteDepthwiseSeparable(ratio=0.5, cost="latency", only="2"),
+        FactorizeLinear(ratio=0.5, cost="latency"),
+    ]
+    compiled = fxc.compile(model, passes, (torch.randn(2, 3, 8, 8),))
+    for result in compiled.report.passes:
+        told = [skip.reason for skip in result.skipped if skip.code == "does_not_pay"]
+        assert len(told) + len(result.rewrites) == 1
+        assert all("On onnxruntime 2 layers take" in reason or "3 layers" in reason for reason in told)

@@ -421,7 +421,7 @@ def test_options_are_checked():
 def test_latency_decides_where_it_is_asked_for():
     graph_module = capture(mlp(), (torch.randn(2, 24),), dynamic_shapes="batch")
 
-    def latency(graph, backend):
+    def latency(graph, backend, inputs):
         return float(sum(p.numel() for p in graph.parameters()) if len(list(graph.parameters())) > 2 else 100)
 
     result = FactorizeLinear(rank=2, cost="latency").run(graph_module, PassContext(latency=latency))

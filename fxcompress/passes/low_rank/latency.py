@@ -50,4 +50,4 @@ def latency_of(
     shape = GraphSizes(graph_module).of(value)
     x = torch.zeros(shape, dtype=value.dtype) if not value.is_floating_point() else torch.randn(shape).to(value.dtype)
     chain = nn.Sequential(*(copy.copy(layer) for layer in layers)).eval()
-    return context.latency(capture(chain, (x,)), backend)
+    return float(context.latency(capture(chain, (x,)), backend, [x]))
