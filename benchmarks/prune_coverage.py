@@ -53,6 +53,7 @@ COLUMNS = (
     "parameters_m",
     "left_m",
     "fall",
+    "reachable",
     "bound_share",
     "groups",
     "pinned",
@@ -198,6 +199,7 @@ def _sizes(before: fx.GraphModule, after: fx.GraphModule, result: Any, plan: Any
     return {
         "left_m": left / 1e6,
         "fall": round(1 - left / total, 4),
+        "reachable": round(_reachable(before, plan) / total, 4),
         "bound_share": round(bound / total, 3),
         "groups": len(result.rewrites),
         "pinned": len(result.skipped),
@@ -206,7 +208,10 @@ def _sizes(before: fx.GraphModule, after: fx.GraphModule, result: Any, plan: Any
 
 
 def _bound(graph_module: fx.GraphModule, plan: Any) -> int:
-    """Parameters of embeddings and tables, and of layers that make outputs or read inputs: one side stays."""
+    """Parameters of embeddings and tables, and of weights one side of which is an output or an input of the model.
+
+    That side stays: of an encoder that returns what runs through all of its blocks, most weights have one.
+    """
     from fxcompress.analysis.dependency.layout import blocks
 
     found: set[str] = set()
@@ -217,12 +222,27 @@ def _bound(graph_module: fx.GraphModule, plan: Any) -> int:
             found.add(f"{node.target}.weight")
         elif node.op == "call_module" and any(source.op == "placeholder" for source in node.all_input_nodes):
             found.add(f"{node.target}.weight")  # an embedding of patches, say
-    for path, dims in plan.builder.makes.items():
-        made = [block.labels.reshape(-1) for dim in dims for block in blocks(plan.builder.weights[path][dim])]
-        if made and made[0].size and plan.reason(int(made[0][0]))[1] == OUTPUT_PIN:
+    for path, layout in plan.builder.weights.items():
+        first = [block.labels.reshape(-1)[:1] for dim in layout for block in blocks(dim)]
+        if any(plan.reason(int(label))[1] == OUTPUT_PIN for labels in first for label in labels):
             found.add(path)
     sizes = {name: parameter.numel() for name, parameter in graph_module.named_parameters()}
     return sum(sizes.get(name, 0) for name in found)
+
+
+def _reachable(graph_module: fx.GraphModule, plan: Any) -> float:
+    """Parameters that go where exactly the ratio of every removable index does."""
+    from fxcompress.analysis.dependency.layout import blocks
+
+    total = 0.0
+    sizes = {name: parameter.numel() for name, parameter in graph_module.named_parameters()}
+    for path, layout in plan.builder.weights.items():
+        kept = 1.0
+        for block in (block for dim in layout for block in blocks(dim)):
+            free = plan.solution.removable[plan.solution.class_of[block.labels]].mean() if block.labels.size else 0.0
+            kept *= 1 - RATIO * float(free)
+        total += sizes.get(path, 0) * (1 - kept)
+    return total
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
@@ -332,7 +352,8 @@ def _check_fall(row: Row) -> None:
         return
     largest = [f"{item['site']} ({item['parameters']:,}): {item['reason']}" for item in row["largest_pinned"][:2]]
     raise Failure(
-        f"parameters fall by {row['fall']:.1%}, less than {bar:.0%}; whole: {'; '.join(largest) or 'nothing'}"
+        f"parameters fall by {row['fall']:.1%}, less than {bar:.0%}; {row['reachable']:.1%} go where half of every "
+        f"removable dimension does; whole: {'; '.join(largest) or 'nothing'}"
     )
 
 
@@ -367,9 +388,10 @@ def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
         summary=summary,
         notes=[
             f"`PruneChannels(ratio={RATIO})`. `fall`: share of the parameters that went; at least {FALL_BAR:.0%}, or "
-            f"{BOUND_BAR:.0%} where `bound_share`, the share of parameters in embeddings, tables and layers that make "
-            f"outputs or read inputs, is {BOUND_SHARE:.0%} or more. `proof`: from outside means that the user's own "
-            "model, with what "
+            f"{BOUND_BAR:.0%} where `bound_share`, the share of parameters in embeddings, tables and weights one side "
+            f"of which is an output or an input of the model, is {BOUND_SHARE:.0%} or more. `reachable`: what would go "
+            "with exactly half of every dimension that can lose anything. `proof`: from outside means that the user's "
+            "own model, with what "
             f"`detail['kept']` says is removed set to zero, gives the pruned outputs (relative error at most "
             f"{PROOF_TOLERANCE:.0e}, or {WIDE_TOLERANCE:.0e} in float64); with norms over what stays, that the pass "
             "compared with a reference whose layer or group norms leave the removed channels out of their statistics. "

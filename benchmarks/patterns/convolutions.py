@@ -116,6 +116,26 @@ def conv3d_over_channels(m, x):
     return m.b(F.relu(m.a(x.unsqueeze(1)))).squeeze(1)
 
 
+@image(lambda: {"a": nn.Conv2d(1, 1, 3, padding=1)}, out=64, refused="would not be zero")
+def each_channel_by_one_kernel(m, x):
+    return m.a(x.flatten(0, 1).unsqueeze(1)).view(-1, 16, 64).amax(1)
+
+
+@image(lambda: {"a": nn.Conv2d(1, 1, 3, padding=1, bias=False)}, out=64)
+def each_channel_by_one_kernel_without_bias(m, x):
+    return m.a(x.flatten(0, 1).unsqueeze(1)).view(-1, 16, 64).amax(1)
+
+
+@tokens(lambda: {"a": nn.Conv1d(6, 9, 1), "b": nn.Conv1d(9, 6, 1), "c": nn.Linear(16, 16)})
+def tokens_mixed_by_convolution(m, x):
+    return m.c(x + m.b(F.gelu(m.a(x))))
+
+
+@tokens(lambda: {"a": nn.Conv2d(1, 4, (3, 1), padding=(1, 0)), "b": nn.Conv2d(4, 1, 1)})
+def convolution_along_tokens(m, x):
+    return m.b(F.relu(m.a(x.unsqueeze(1)))).squeeze(1)
+
+
 @tokens(lambda: {"a": nn.Conv1d(16, 24, 3, padding=1), "b": nn.Conv1d(24, 16, 3, padding=1, groups=2)})
 def conv1d(m, x):
     return m.b(F.gelu(m.a(x.transpose(1, 2)))).transpose(1, 2)

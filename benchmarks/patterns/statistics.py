@@ -154,6 +154,26 @@ def clamp_by_parameters(m, x):
     return torch.clamp(x, m.low, m.high)
 
 
+@image(lambda: {"low": torch.tensor(float("-inf")), "high": torch.tensor(1.5)}, out=64)
+def clamp_by_numbers(m, x):
+    return torch.clamp(x, m.low, m.high).sum(1).flatten(1)
+
+
+@image(lambda: {"low": torch.tensor(0.5), "high": torch.tensor(1.5)}, out=64, refused="would not be zero")
+def clamp_above_zero(m, x):
+    return torch.clamp(x, m.low, m.high).sum(1).flatten(1)
+
+
+@image()
+def batch_norm_by_the_batch(m, x):
+    return F.batch_norm(x, None, None, training=True)
+
+
+@image(lambda: {"a": nn.Linear(16, 1)}, out=64)
+def instance_norm_over_channels(m, x):
+    return m.a(F.instance_norm(F.relu(x).flatten(2).transpose(1, 2))).squeeze(2)
+
+
 @image(lambda: {"a": conv(16, 16)})
 def constants_of_full_size(m, x):
     return m.a(x + x.new_ones(1, 16, 1, 1)) * torch.full((1, 16, 1, 1), 0.5)

@@ -80,6 +80,31 @@ def cosine_head(m, x):
 
 @image(
     lambda: {
+        "weight": nn.Parameter(torch.randn(12, 16, 3, 3)),
+        "gain": nn.Parameter(torch.rand(12, 1, 1, 1) + 0.5),
+        "b": conv(12, 16),
+    }
+)
+def standardized_weight(m, x):
+    flat = m.weight.reshape(1, 12, -1)
+    weight = F.batch_norm(flat, None, None, weight=(m.gain * 0.1).view(-1), training=True, momentum=0.0, eps=1e-6)
+    return m.b(F.relu(F.conv2d(F.relu(x), weight.reshape_as(m.weight), padding=1)))
+
+
+@image(lambda: {"weight": nn.Parameter(torch.randn(24, 4, 3, 3)), "b": conv(24, 16)})
+def standardized_grouped_weight(m, x):
+    weight = F.batch_norm(m.weight.reshape(1, 24, -1), None, None, training=True).reshape_as(m.weight)
+    return m.b(F.silu(F.conv2d(F.relu(x), weight, padding=1, groups=4)))
+
+
+@image(lambda: {"weight": nn.Parameter(torch.randn(12, 16, 3, 3)), "b": conv(12, 16)})
+def weight_standardized_by_hand(m, x):
+    deviation, mean = torch.std_mean(m.weight, (1, 2, 3), keepdim=True, unbiased=False)
+    return m.b(F.relu(F.conv2d(F.relu(x), (m.weight - mean) / (deviation + 1e-5), padding=1)))
+
+
+@image(
+    lambda: {
         "weight": nn.Parameter(torch.randn(12, 16, 1, 1)),
         "mask": torch.rand(12, 16, 1, 1) > 0.3,
         "b": conv(12, 16),

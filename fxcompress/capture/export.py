@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import io
 import logging
@@ -20,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from fxcompress.capture.dynamic import Marks, at_least_two, attempts, export_shapes
 from fxcompress.capture.explain import explain, first_line, lines_that_fix_sizes, user_line
 from fxcompress.capture.inputs import ExampleInputs, register_dataclasses
+from fxcompress.capture.lean import lean_export
 from fxcompress.capture.preserve import preserved
 from fxcompress.errors import PreconditionError
 from fxcompress.graph.recurrent import KnownShapes
@@ -68,7 +68,7 @@ def _export(model: nn.Module, inputs: ExampleInputs, marks: Marks) -> ExportedPr
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(KnownShapes())
         stack.enter_context(_DataIsDetached())
-        stack.enter_context(_without_collections())
+        stack.enter_context(lean_export())
         model.register_forward_hook(lambda module, args, output: register_dataclasses(output))
         signature = _name_keywords(model, inputs)
         shapes = dict(signature.bind(*positional, **keywords).arguments)
@@ -92,18 +92,6 @@ def _name_keywords(model: nn.Module, inputs: ExampleInputs) -> inspect.Signature
     explicit.__signature__ = spelled  # type: ignore[attr-defined]
     model.forward = explicit  # the caller restores it
     return spelled
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """No garbage collection inside the block: a tenth of an export is looking for cycles among nodes that all live."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -138,3 +138,30 @@ def test_the_callers_gradient_mode_does_not_matter(mode: Callable[[], Any]) -> N
         traced = capture(model)
     for made in (graph, traced):
         assert gradients(made, torch.randn(2, 4)) == gradients(model, torch.randn(2, 4))
+
+
+class WritesWhatItComputes(nn.Module):
+    """``copy_`` through a view, of a smaller tensor and of one of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: T) -> T:
+        y = torch.zeros_like(x)
+        y[:, :, 0:1] = self.conv(x)[:, :, :1]
+        y[:, :, 1] = self.conv(x).mean((2, 3), keepdim=True)[..., 0]
+        y[:, :, 2] = self.conv(x)[:, :, 2].double()
+        return y
+
+
+def test_gradients_flow_through_what_is_written() -> None:
+    model = WritesWhatItComputes().eval()
+    graph = check(model, IMAGE)
+    assert torch.ops.aten.copy.default not in targets(graph)
+    gradients = []
+    for module in (copy.deepcopy(model), graph):
+        module.zero_grad()
+        module(*IMAGE).square().sum().backward()
+        gradients.append(module.get_parameter("conv.weight").grad)
+    assert torch.equal(*gradients)

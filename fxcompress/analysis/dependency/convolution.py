@@ -50,10 +50,34 @@ def convolution(b: Builder, node: fx.Node, module: Any, path: str, source: Layou
         b.groups[path] = lead
 
     made = module.in_channels, module.out_channels, module.groups, module.transposed
-    result = _convolved(b, node, source, tuple(module.kernel_size), made, weigh, count)
+    window = tuple(module.kernel_size)
+    still = _still(window, module.stride, module.padding, getattr(module, "output_padding", 0))
+    result = _convolved(b, node, source, window, still, made, weigh, count)
     if module.bias is not None:
-        b.weight(f"{path}.bias", module.bias, layout=(result[-len(module.kernel_size) - 1],), site=node.name)
+        place = len(result) - len(window) - 1
+        b.weight(f"{path}.bias", module.bias, layout=(result[place],), site=node.name)
+        return _filled(result, place)
     return result
+
+
+def _still(window: tuple[int, ...], stride: Any, padding: Any, beyond: Any) -> tuple[bool, ...]:
+    """Along which dimensions each place is made from the same place alone: a kernel of one that does not move."""
+    count = len(window)
+    steps, pads, more = (_each(item, count) for item in (stride, 0 if isinstance(padding, str) else padding, beyond))
+    return tuple(
+        size == 1 and step == 1 and pad == 0 and extra == 0
+        for size, step, pad, extra in zip(window, steps, pads, more, strict=True)
+    )
+
+
+def _each(item: Any, count: int) -> tuple[Any, ...]:
+    given = tuple(item) if isinstance(item, (list, tuple)) else (item,)
+    return given * count if len(given) == 1 else given
+
+
+def _filled(layout: Layout, place: int) -> Layout:
+    """A bias fills whatever else than its own channels could be removed."""
+    return tuple(dim if index == place else dirtied(dim) for index, dim in enumerate(layout))
 
 
 def _convolved(
@@ -61,6 +85,7 @@ def _convolved(
     node: fx.Node,
     source: Layout,
     window: tuple[int, ...],
+    still: tuple[bool, ...],
     facts: tuple[int, int, int, bool],
     weigh: Callable[[tuple[Dim, ...], int], Layout],
     count: Callable[[Dim], None],
@@ -68,7 +93,7 @@ def _convolved(
     rank = len(window)
     read, made, groups, transposed = facts
     channels, places = source[-rank - 1], source[-rank:]
-    live = [dim for dim in places if is_live(dim)]
+    live = [dim for dim, fixed in zip(places, still, strict=True) if is_live(dim) and not fixed]
     if live:
         b.barrier(node, "the convolution slides over these dimensions", live)
     kernel = tuple(inert(size) for size in window)
@@ -84,7 +109,10 @@ def _convolved(
             weigh((result, inner, *kernel), 0)
         count(group)
     sizes = node.meta["val"].shape[-rank:]
-    return (*source[: -rank - 1], result, *(inert(size) for size in sizes))
+    kept = (
+        dim if fixed and is_live(dim) else inert(size) for dim, fixed, size in zip(places, still, sizes, strict=True)
+    )
+    return (*source[: -rank - 1], result, *kept)
 
 
 def _grouped(b: Builder, node: fx.Node, channels: Dim, groups: int, per_in: int, per_out: int) -> tuple[Dim, Dim, Dim]:
@@ -150,12 +178,17 @@ def _computed_convolution(rank: int, transposed: bool) -> Rule:
         def count(lead: Dim) -> None:
             b.counts[node] = lead
 
-        result = list(_convolved(b, node, source, tuple(map(int, shape[2:])), facts, weigh, count))
+        window = tuple(map(int, shape[2:]))
+        still = _still(window, a["stride"], a["padding"], a.get("output_padding", 0))
+        result = list(_convolved(b, node, source, window, still, facts, weigh, count))
         place = len(result) - rank - 1
-        if groups > 1 and any(block.dirt.any() for dim in weight for block in blocks(dim)):
+        # The dimensions of the weight that count groups: where they are not zero, neither is what is made.
+        counting = weight[:2] if transposed else weight[:1]
+        if groups > 1 and any(block.dirt.any() for dim in counting for block in blocks(dim)):
             result[place] = dirtied(result[place])
         if isinstance(a["bias"], fx.Node):
             result[place] = combine(b, node, [result[place], b.layout(a["bias"])[0]], every)
+            return _filled(tuple(result), place)
         return tuple(result)
 
     return rule

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 def pointwise(b: Builder, node: fx.Node) -> Layout:
     """Every tensor argument is broadcast against the others; equal dimensions lose equal indices."""
     layouts = [b.layout(source) for source in operands(node)]
-    return broadcast(b, node, layouts, len(node.meta["val"].shape), run_on_zeros(node))
+    return broadcast(b, node, layouts, len(node.meta["val"].shape), run_on_zeros(b, node))
 
 
 def broadcast(b: Builder, node: fx.Node, layouts: list[Layout], rank: int, rule: ZeroRule = every) -> Layout:

@@ -14,11 +14,11 @@ from torch import fx, nn
 
 from fxcompress.analysis.dependency.builder import Builder, Rule
 from fxcompress.analysis.dependency.elementwise import broadcast
-from fxcompress.analysis.dependency.layout import Dim, Layout, blocks, cleaned, dirtied, inert, is_live
+from fxcompress.analysis.dependency.layout import Dim, Layout, blocks, cleaned, dirtied, inert, is_live, size_of
 from fxcompress.analysis.dependency.zeros import every, product, require_zero
 from fxcompress.capture.raising import call_arguments
 
-__all__ = ["RULES", "group_norm", "layer_norm", "per_channel", "rms_norm"]
+__all__ = ["RULES", "group_norm", "layer_norm", "of_batch", "over", "per_channel", "rms_norm"]
 
 aten = torch.ops.aten
 
@@ -126,15 +126,34 @@ def _affine(b: Builder, node: fx.Node, layout: Layout, place: int, names: tuple[
 def _batch_norm(b: Builder, node: fx.Node) -> Layout:
     a = call_arguments(node)
     source = b.layout(a["input"])
-    stats = a.get("use_input_stats", a.get("training")) or not isinstance(a["running_mean"], fx.Node)
-    if stats:
-        _whole(b, node, source[2:])
+    if of_batch(node):
+        layout = tuple(dirtied(dim) if place in over(node) else dim for place, dim in enumerate(source))
+        live = [dim for place, dim in enumerate(source) if place in over(node) and is_live(dim)]
+        if live and isinstance(a["running_mean"], fx.Node):
+            _whole(b, node, tuple(live))  # running statistics would go on counting what is gone
+        elif live and any(not isinstance(size_of(source[place]), int) for place in over(node)):
+            b.barrier(node, "the norm's statistics run over removable and over symbolic dimensions at once", live)
+        for dim in live:
+            require_zero(b, node, [dim], "the norm's statistics run over channels that would not be zero if removed")
+        return _affine(b, node, layout, 1, ("weight", "bias"))
     layout = source
     for name, rule in (("running_mean", every), ("running_var", lambda dirt: dirt[0])):
         if isinstance(a.get(name), fx.Node):
             vector = (*b.layout(a[name]), *[inert(1)] * (len(source) - 2))
             layout = broadcast(b, node, [layout, vector], len(source), rule)
     return _affine(b, node, layout, 1, ("weight", "bias"))
+
+
+def of_batch(node: fx.Node) -> bool:
+    """Whether a batch or instance norm without a layer takes its statistics from what it is given."""
+    a = call_arguments(node)
+    return bool(a.get("use_input_stats", a.get("training"))) or not isinstance(a["running_mean"], fx.Node)
+
+
+def over(node: fx.Node) -> tuple[int, ...]:
+    """The dimensions that such statistics run over."""
+    rank = len(node.meta["val"].shape)
+    return tuple(range(2, rank)) if node.target is aten.instance_norm.default else (0, *range(2, rank))
 
 
 def _functional_layer_norm(b: Builder, node: fx.Node) -> Layout:

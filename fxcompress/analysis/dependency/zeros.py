@@ -2,7 +2,8 @@
 
 Removing a channel is exact where its indices hold zeros once all of its weights are zeroed: then a sum over them, or
 a product without a weight, loses nothing. A layer leaves zeros; ``relu`` keeps them; ``sigmoid`` does not. No list of
-functions says so: the operation is run on zeros, with anything else in the places of operands that are not zero.
+functions says so: the operation is run on zeros, with anything else in the places of operands that are not zero. Only
+a number that the model holds and does not train (the bounds of a clamp) stands there as it is.
 """
 
 from __future__ import annotations
@@ -134,34 +135,44 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def run_on_zeros(node: fx.Node) -> Rule:
+def run_on_zeros(b: Builder, node: fx.Node) -> Rule:
     """The rule of an elementwise operation."""
+    numbers = tuple(_number(b, source) for source in operands(node))
 
     def rule(dirt: Sequence[Dirt]) -> Any:
         codes = sum(item.astype(np.int64) << place for place, item in enumerate(dirt))
         table = np.full(1 << len(dirt), OTHER)
         for code in np.unique(codes).tolist():
-            table[code] = outcome(node, tuple(bool(code >> place & 1) for place in range(len(dirt))))
+            table[code] = outcome(node, tuple(bool(code >> place & 1) for place in range(len(dirt))), numbers)
         return table[codes]
 
     return rule
 
 
-def outcome(node: fx.Node, dirty: tuple[bool, ...]) -> int:
-    """What an elementwise operation makes of zeros, and of anything in the places of dirty operands."""
+def _number(b: Builder, node: fx.Node) -> float | None:
+    """The value of a buffer or constant that is one number."""
+    if node.op != "get_attr" or node.meta["val"].numel() != 1:
+        return None
+    owner, _, name = str(node.target).rpartition(".")
+    tensor: torch.Tensor = getattr(b.graph_module.get_submodule(owner), name)
+    return None if isinstance(tensor, torch.nn.Parameter) or tensor.device.type == "meta" else tensor.item()
+
+
+def outcome(node: fx.Node, dirty: tuple[bool, ...], numbers: tuple[float | None, ...] = ()) -> int:
+    """What an elementwise operation makes of zeros, of known ``numbers``, and of anything where operands are dirty."""
     if node.target in _CREATE:
         return ZERO
     if all(dirty):
         return OTHER
     dtypes = tuple(item.meta["val"].dtype for item in operands(node))
     constants = map_aggregate((node.args, node.kwargs), lambda item: "·" if isinstance(item, fx.Node) else item)
-    key = (node.target, str(constants), dtypes, dirty)
+    key = (node.target, str(constants), dtypes, dirty, numbers)
     if key not in _known:
-        _known[key] = _run(node, dirty)
+        _known[key] = _run(node, dirty, numbers)
     return _known[key]
 
 
-def _run(node: fx.Node, dirty: tuple[bool, ...]) -> int:
+def _run(node: fx.Node, dirty: tuple[bool, ...], numbers: tuple[float | None, ...]) -> int:
     place = iter(range(len(dirty)))
 
     def sample(item: Any) -> Any:
@@ -172,6 +183,8 @@ def _run(node: fx.Node, dirty: tuple[bool, ...]) -> int:
             index = next(place)
             if not dirty[index]:
                 return torch.zeros(len(_FLOATS), dtype=value.dtype)
+            if numbers and (number := numbers[index]) is not None:
+                return torch.full((len(_FLOATS),), number, dtype=value.dtype)
             values = torch.tensor(_FLOATS).roll(index)
             return values > 0 if value.dtype == torch.bool else values.to(value.dtype)
         return torch.device("cpu") if isinstance(item, torch.device) else item

@@ -17,6 +17,7 @@ from fxcompress.analysis.dependency.groups import Group, find_groups
 from fxcompress.analysis.dependency.labels import Solution
 from fxcompress.analysis.dependency.layout import blocks
 from fxcompress.analysis.dependency.settle import settle
+from fxcompress.heap import without_collections
 from fxcompress.passes.base import Skip
 
 __all__ = ["Attention", "Plan", "make_plan", "tensor_at"]
@@ -113,8 +114,9 @@ def make_plan(graph_module: fx.GraphModule, attention: Attention = "auto") -> Pl
     indices are finer, and the other if that one turns out to be pinned; ``heads`` and ``head_size`` ask for theirs
     first, wherever the view feeds a product of activations.
     """
-    builder, solution = settle(graph_module, lambda first: _asked_for(first, attention))
-    groups = tuple(find_groups(builder, solution))
+    with without_collections():
+        builder, solution = settle(graph_module, lambda first: _asked_for(first, attention))
+        groups = tuple(find_groups(builder, solution))
     weights = {path: tensor_at(graph_module, path) for path in builder.weights}
     return Plan(builder, solution, groups, weights)
 

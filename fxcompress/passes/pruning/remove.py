@@ -8,6 +8,7 @@ from torch import fx
 
 from fxcompress.analysis.dependency.removal import Removal
 from fxcompress.graph.edit import GraphEditor
+from fxcompress.heap import without_collections
 from fxcompress.passes.pruning.plan import Plan
 from fxcompress.passes.pruning.resize import resize_constants
 from fxcompress.passes.pruning.shrink import shrink_weights
@@ -25,7 +26,7 @@ def remove(
         the removal, and for each weight that changed: dimension → indices kept.
     """
     removal = Removal.of_classes(plan.builder, plan.solution, classes)
-    with GraphEditor(graph_module) as editor:
+    with without_collections(), GraphEditor(graph_module) as editor:
         resize_constants(graph_module, removal, editor)
         kept = shrink_weights(graph_module, removal, editor)
         editor.set_values(values_after(graph_module, removal))

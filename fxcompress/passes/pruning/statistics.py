@@ -11,12 +11,14 @@ there is ``max(max_k, 0)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxcompress.analysis.dependency.layout import blocks, size_of
+from fxcompress.analysis.dependency.norms import of_batch, over
 from fxcompress.analysis.dependency.overloads import overloads
 from fxcompress.analysis.dependency.reductions import reduced_dims
 from fxcompress.analysis.dependency.removal import Removal
@@ -72,16 +74,8 @@ def _variance(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
     kind = str(node.target._opname)  # type: ignore[union-attr]
     keep = bool(a.get("keepdim", False))
 
-    def call(target: Any, *args: Any) -> fx.Node:
-        made = editor.insert_call(target, args, before=node, like=node)
-        editor.set_args(made, made.args)  # what it reads is about to shrink
-        return made
-
-    mean = call(aten.mul.Tensor, call(aten.sum.dim_IntList, source, dims, True), 1.0 / total)
-    centred = call(aten.sub.Tensor, source, mean)
-    squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True)
-    missing = call(aten.mul.Tensor, call(aten.mul.Tensor, mean, mean), float(total - left))
-    made = call(aten.mul.Tensor, call(aten.add.Tensor, squares, missing), 1.0 / (total - _correction(a)))
+    call = _calls(node, editor)
+    mean, _, made = _moments(call, source, dims, (total, left), _correction(a))
     if "std" in kind:
         made = call(aten.sqrt.default, made)
     results = [made, mean] if kind.endswith("_mean") else [made]
@@ -92,6 +86,48 @@ def _variance(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
         return
     for user in list(node.users):
         editor.replace(user, results[int(user.args[1])])  # type: ignore[arg-type]
+
+
+def _calls(node: fx.Node, editor: GraphEditor) -> Callable[..., fx.Node]:
+    """Inserts calls before ``node``."""
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        made = editor.insert_call(target, args, before=node, like=node)
+        editor.set_args(made, made.args)  # what it reads is about to shrink
+        return made
+
+    return call
+
+
+def _moments(
+    call: Callable[..., fx.Node], source: fx.Node, dims: list[int], counts: tuple[int, int], correction: float
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Mean, deviations and variance over ``dims``, kept, of which ``counts`` are how many there were and are left."""
+    total, left = counts
+    mean = call(aten.mul.Tensor, call(aten.sum.dim_IntList, source, dims, True), 1.0 / total)
+    centred = call(aten.sub.Tensor, source, mean)
+    squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True)
+    missing = call(aten.mul.Tensor, call(aten.mul.Tensor, mean, mean), float(total - left))
+    variance = call(aten.mul.Tensor, call(aten.add.Tensor, squares, missing), 1.0 / (total - correction))
+    return mean, centred, variance
+
+
+def _standardized(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
+    """batch_norm and instance_norm by the statistics of what they are given (standardised weights), spelled out."""
+    layout = removal.builder.values[_source(node)]
+    dims = list(over(node)) if of_batch(node) else []
+    if not any(removal.touches(layout[place]) for place in dims):
+        return
+    a, call = call_arguments(node), _calls(node, editor)
+    total = math.prod(int(size_of(layout[place])) for place in dims)
+    left = math.prod(int(removal.kept(layout[place])) for place in dims)
+    _, centred, variance = _moments(call, _source(node), dims, (total, left), 0.0)
+    made = call(aten.mul.Tensor, centred, call(aten.rsqrt.default, call(aten.add.Tensor, variance, float(a["eps"]))))
+    for name, target in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
+        if isinstance(a.get(name), fx.Node):
+            shape = [1, -1, *[1] * (len(layout) - 2)]
+            made = call(target, made, call(aten.reshape.default, a[name], shape))
+    editor.replace(node, made)
 
 
 def _extreme(node: fx.Node, removal: Removal, editor: GraphEditor) -> None:
@@ -142,6 +178,8 @@ RULES: dict[Any, Any] = {
         (o for o in overloads("amax amin max min aminmax") if "other" not in {x.name for x in o._schema.arguments}),
         _extreme,
     ),
+    aten.batch_norm.default: _standardized,
+    aten.instance_norm.default: _standardized,
     aten.layer_norm.default: _normalized,
     aten.rms_norm.default: _normalized,
 }
