@@ -53,6 +53,21 @@ def logsumexp_over_channels(m, x):
     return x.logsumexp(1).flatten(1)
 
 
+@image(out=64, refused="prod")
+def product_over_channels(m, x):
+    return x.prod(1).flatten(1)
+
+
+@image(out=64, refused="median")
+def median_over_channels(m, x):
+    return x.median(1).values.flatten(1)
+
+
+@image(lambda: {"pool": nn.FractionalMaxPool2d(2, output_size=4)}, refused="random places")
+def pooling_at_random_places(m, x):
+    return m.pool(x)
+
+
 @image(refused="softmax")
 def softmax_over_channels(m, x):
     return torch.softmax(x, 1)

@@ -109,6 +109,7 @@ class PruneChannels(Pass):
             plan = make_plan(graph_module, self.attention)
             chosen, skipped = self._chosen(plan)
             if not chosen:
+                goal.refuse_whole()
                 skipped.append(Skip("all", "nothing_to_prune", "no channels of this graph can be removed"))
                 break
             classes = self._classes(graph_module, plan, chosen, goal, account, step / self.steps)

@@ -21,6 +21,8 @@ def layer(b: Builder, node: fx.Node) -> Any:
     module = b.graph_module.get_submodule(str(node.target))
     source = b.layout(node.args[0])
     path = str(node.target)
+    if type(module).__module__.startswith("fxcompress.quantization"):  # some are subclasses of torch's layers
+        return _refused(b, node, module, "the model is quantized here: put prune_channels before the pass that does it")
     if isinstance(module, nn.Linear):
         return linear(b, node, module, path, source)
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -45,9 +47,19 @@ def layer(b: Builder, node: fx.Node) -> Any:
         return recurrent(b, node, module, path, source)
     if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)):
         return source
-    b.barrier(node, f"{type(module).__name__} has no rule")
-    for name, tensor in module.named_parameters():
-        b.weight(f"{path}.{name}", tensor, layout=tuple(inert(size) for size in tensor.shape), site=node.name)
+    return _refused(b, node, module, f"{type(module).__name__} has no rule")
+
+
+def _refused(b: Builder, node: fx.Node, module: nn.Module, reason: str) -> Any:
+    """Nothing goes from what the layer reads, holds and makes."""
+    b.barrier(node, reason)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        layout = [inert(size) for size in tensor.shape]
+        makes: tuple[int, ...] = ()
+        if name == "weight" and layout:
+            layout[0], makes = b.fresh(tensor.shape[0], made=True), (0,)
+            b.pin(layout[:1], node.name, reason)
+        b.weight(f"{node.target}.{name}", tensor, layout=layout, site=node.name, makes=makes)
     return pytree.tree_map(lambda value: tuple(inert(size) for size in value.shape), node.meta["val"])
 
 

@@ -54,6 +54,11 @@ def _unpool(count: int) -> Any:
     return rule
 
 
+def _pool_at_random(b: Builder, node: fx.Node) -> list[Layout]:
+    b.barrier(node, "every channel is pooled at random places of its own, drawn for all channels at once")
+    return [tuple(inert(size) for size in value.shape) for value in node.meta["val"]]
+
+
 def _embedding_bag(b: Builder, node: fx.Node) -> list[Layout]:
     """Sum, mean or maximum over the rows of a bag, feature by feature."""
     a = call_arguments(node)
@@ -66,6 +71,7 @@ def _embedding_bag(b: Builder, node: fx.Node) -> list[Layout]:
 RULES: dict[Any, Any] = {
     **dict.fromkeys(overloads("grid_sampler grid_sampler_2d grid_sampler_3d"), _grid_sample),
     aten.affine_grid_generator.default: _affine_grid,
+    **dict.fromkeys(overloads("fractional_max_pool2d fractional_max_pool3d"), _pool_at_random),
     aten.max_unpool2d.default: _unpool(2),
     aten.max_unpool3d.default: _unpool(3),
     **dict.fromkeys(overloads("embedding_bag _embedding_bag"), _embedding_bag),

@@ -61,6 +61,8 @@ def combine(b: Builder, node: fx.Node, dims: Sequence[Dim], rule: Rule) -> Dim:
     for other in full:
         if other is not live[0]:
             b.align(live[0], other, node.name)
+    if len(live) < len(full):  # then nothing goes from any of them
+        return next(dim for dim in full if not is_live(dim))
     chosen = next((dim for dim in live if not any(block.soft for block in blocks(dim))), live[0])
 
     def change(block: Block) -> Block:

@@ -102,6 +102,20 @@ class Goal:
         return refill(gone, apart(np.setdiff1d(gone, short)), left, target)
 
 
+    def refuse_whole(self) -> None:
+        """Say that a target is out of reach where nothing can go.
+
+        Raises:
+            PreconditionError: there is a target.
+        """
+        if self.measure is not None:
+            raise PreconditionError(
+                f"the target of {self.target:,.6g} {self.what} cannot be reached: no channels of this graph can be "
+                f"removed, and {self.start:,.6g} remain",
+                remedy="run with ratio=0.5 instead of a target to see in the report why each layer stays",
+            )
+
+
 def goal_of(amount: Amount, graph_module: fx.GraphModule, context: PassContext) -> Goal:
     """The goal that the options name.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -112,10 +112,14 @@ def make_plan(graph_module: fx.GraphModule, attention: Attention = "auto") -> Pl
 
     Where a view splits features into heads and head size, one side can shrink. ``auto`` takes the larger one, whose
     indices are finer, and the other if that one turns out to be pinned; ``heads`` and ``head_size`` ask for theirs
-    first, wherever the view feeds a product of activations.
+    first, wherever the view feeds a product of activations. Where ``auto`` leaves such a view pinned (queries and
+    keys of unlike shapes took unlike sides), the two are tried as well, and what frees the most weights is taken.
     """
     with without_collections():
         builder, solution = settle(graph_module, lambda first: _asked_for(first, attention))
+        if attention == "auto" and _any_pinned(builder, solution):
+            others = [settle(graph_module, partial(_asked_for, attention=side)) for side in ("heads", "head_size")]
+            builder, solution = max([(builder, solution), *others], key=lambda found: _freed(*found))
         groups = tuple(find_groups(builder, solution))
     weights = {path: tensor_at(graph_module, path) for path in builder.weights}
     return Plan(builder, solution, groups, weights)
@@ -132,6 +136,27 @@ def _asked_for(builder: Builder, attention: Attention) -> dict[str, int]:
         if side >= 0 and site.sizes[side] > 1 and _feeds_product(nodes[site.node], site):
             choices[name] = side
     return choices
+
+
+def _any_pinned(builder: Builder, solution: Solution) -> bool:
+    """Whether neither side of a view that feeds a product of activations can shrink."""
+    nodes = {node.name: node for node in builder.graph_module.graph.nodes}
+    return any(
+        not solution.removable[solution.class_of[site.labels]].any() and _feeds_product(nodes[site.node], site)
+        for site in builder.sites.values()
+    )
+
+
+def _freed(builder: Builder, solution: Solution) -> float:
+    """How many weights would go if half of every index that can go did."""
+    total = 0.0
+    for path, layout in builder.weights.items():
+        kept = 1.0
+        for block in (block for dim in layout for block in blocks(dim)):
+            if block.labels.size:
+                kept *= 1 - float(solution.removable[solution.class_of[block.labels]].mean()) / 2
+        total += tensor_at(builder.graph_module, path).numel() * (1 - kept)
+    return total
 
 
 def _feeds_product(node: fx.Node, site: Site) -> bool:
