@@ -234,6 +234,47 @@ def test_nothing_to_prune_is_told():
     assert not result.changed and {skip.code for skip in result.skipped} == {"nothing_to_prune", "pinned"}
 
 
+def test_a_target_is_refused_where_nothing_can_go():
+    with pytest.raises(PreconditionError, match=r"macs|MACs.*cannot be reached: no channels"):
+        fxc.compile(nn.Linear(4, 4).eval(), [PruneChannels(macs=0.5)], (torch.randn(2, 4),), progress=False)
+
+
+def test_quantized_layers_stay_and_say_what_to_do(model):
+    data = [torch.randn(4, 3, 6, 6) for _ in range(2)]
+    passes = [fxc.passes.Quantize(data), PruneChannels()]
+    report = fxc.compile(model, passes, (X,), progress=False).report.passes[-1]
+    assert not report.rewrites
+    told = {skip.site for skip in report.skipped if "put prune_channels before" in skip.reason}
+    assert told >= {"stem.0", "outer", "head"}, report.skipped
+
+
+class UnlikeHeads(nn.Module):
+    """Queries with more heads than features per head, keys and values the other way about, a gate over all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(24, 24 + 8 + 20)
+        self.gate = nn.Linear(24, 60)
+        self.out = nn.Linear(60, 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).split([24, 8, 20], -1)
+        q = q.unflatten(-1, (6, 4)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2).repeat_interleave(3, 1) for y in (k, v))
+        mixed = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(mixed * torch.sigmoid(self.gate(x)))
+
+
+@pytest.mark.parametrize("attention", ["auto", "heads", "head_size"])
+def test_sides_that_agree_are_found(attention):
+    model = randomize(UnlikeHeads()).eval()
+    x = torch.randn(2, 5, 24)
+    result = PruneChannels(attention=attention).run(capture(model, (x,)), PassContext())
+    assert {layer for rewrite in result.rewrites for layer in rewrite.detail["widths"]} == {"qkv", "gate"}
+    dead = dead_channels(model, kept_of(result))
+    torch.testing.assert_close(result.graph_module(x), dead(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_wrong_removal_is_caught_by_the_proof(captured, monkeypatch):
     from fxcompress.passes.pruning import shrink
 
