@@ -101,7 +101,6 @@ class Goal:
             return gone
         return refill(gone, apart(np.setdiff1d(gone, short)), left, target)
 
-
     def refuse_whole(self) -> None:
         """Say that a target is out of reach where nothing can go.
 

@@ -102,9 +102,12 @@ class Plan:
 
     def on(self, copied: fx.GraphModule) -> Plan:
         """The same plan for a copy of its graph, node by node."""
-        nodes = zip(self.builder.graph_module.graph.nodes, copied.graph.nodes, strict=True)
-        values = {mine: self.builder.values[theirs] for theirs, mine in nodes if theirs in self.builder.values}
-        return replace(self, builder=replace(self.builder, graph_module=copied, values=values))
+        mine = dict(zip(self.builder.graph_module.graph.nodes, copied.graph.nodes, strict=True))
+        b = self.builder
+        values, counts, reindexed = (
+            {mine[node]: told for node, told in known.items()} for known in (b.values, b.counts, b.reindexed)
+        )
+        return replace(self, builder=replace(b, graph_module=copied, values=values, counts=counts, reindexed=reindexed))
 
 
 def make_plan(graph_module: fx.GraphModule, attention: Attention = "auto") -> Plan:

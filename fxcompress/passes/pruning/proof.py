@@ -102,7 +102,9 @@ def dead_channel_proof(
     error = _error(original, pruned, leaves, seed)
     if not error <= TOLERANCE:  # a deep model may amplify rounding: in float64 a right removal still agrees
         wide = cast_leaves(list(leaves), torch.float64)
-        precise = _error(cast_graph(original, torch.float64), cast_graph(pruned, torch.float64), wide, seed)
+        exact = cast_graph(original, torch.float64), cast_graph(pruned, torch.float64)
+        _recount_exactly(*exact, pruned, removal)
+        precise = _error(*exact, wide, seed)
         if not precise <= _TOLERANCE_WIDE:
             raise VerificationError(
                 f"removing the channels changes the outputs by {error:.3g} beyond what zeroing them does; "
@@ -112,6 +114,27 @@ def dead_channel_proof(
             )
         error = precise
     return Proof(error, tuple(norms))
+
+
+def _recount_exactly(
+    expected: fx.GraphModule, actual: fx.GraphModule, pruned: fx.GraphModule, removal: Removal
+) -> None:
+    """Give the RMS norms of ``actual`` the weight ``w·√(N/k)`` unrounded, where ``pruned`` holds it rounded.
+
+    That rounding is the only one which casting to a wider precision does not undo, and deep models amplify it.
+    """
+    for path, layer in actual.named_modules(remove_duplicate=False):
+        before = expected.get_submodule(path) if isinstance(layer, nn.RMSNorm) else None
+        if not isinstance(before, nn.RMSNorm) or before.weight is None or before.weight.shape == layer.weight.shape:
+            continue
+        assert isinstance(layer, nn.RMSNorm)
+        ratio = before.normalized_shape[0] / layer.normalized_shape[0]
+        rounded = torch.finfo(pruned.get_parameter(f"{path}.weight").dtype).eps
+        meant = before.weight.detach()[removal.kept_indices(f"{path}.weight")[0]] * ratio**0.5
+        if torch.allclose(layer.weight, meant, rtol=2 * rounded, atol=0):  # a shared weight is not rescaled
+            layer.weight = nn.Parameter(meant, requires_grad=False)
+        if before.eps is None and layer.eps is not None:
+            before.eps = layer.eps / ratio
 
 
 def _error(expected: fx.GraphModule, actual: fx.GraphModule, leaves: Sequence[Any], seed: int) -> float:
