@@ -104,9 +104,9 @@ class Plan:
         """The same plan for a copy of its graph, node by node."""
         mine = dict(zip(self.builder.graph_module.graph.nodes, copied.graph.nodes, strict=True))
         b = self.builder
-        values, counts, reindexed = (
-            {mine[node]: told for node, told in known.items()} for known in (b.values, b.counts, b.reindexed)
-        )
+        values = {mine[node]: told for node, told in b.values.items()}
+        counts = {mine[node]: lead for node, lead in b.counts.items()}
+        reindexed = {mine[node]: picked for node, picked in b.reindexed.items()}
         return replace(self, builder=replace(b, graph_module=copied, values=values, counts=counts, reindexed=reindexed))
 
 
