@@ -5,7 +5,7 @@ Everything is read from the graph and its fake values; nothing runs. One walk, l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -25,7 +25,8 @@ class Cost:
     """What a graph costs.
 
     Attributes:
-        parameters: number of elements of all parameters; a tied one counts once.
+        parameters: number of elements of all parameters; a tied one counts once, and a weight that a layer holds as
+            integers counts as the parameter that it was.
         macs: multiply-accumulates of one run at the batch size asked for (FLOPs are twice that);
             see :mod:`fxcompress.analysis.macs` for what is counted. None for a graph without shapes.
         bytes: of parameters, buffers and constants; memory shared by several counts once.
@@ -82,7 +83,8 @@ def cost(graph_module: fx.GraphModule, *, batch: int = 1) -> Cost:
     """
     sizes = GraphSizes(graph_module, batch)
     index = GraphIndex(graph_module)
-    held = [_held(users) for users in index.storages.values()]
+    integers = _held_as_integers(graph_module)
+    held = [_held(users, integers) for users in index.storages.values()]
     counted = 0
     for node in graph_module.graph.nodes if sizes.known else ():
         counted += macs(node, module_of(graph_module, node), sizes.of)
@@ -116,13 +118,14 @@ def node_costs(graph_module: fx.GraphModule, *, batch: int = 1) -> list[NodeCost
     """
     sizes = GraphSizes(graph_module, batch)
     index = GraphIndex(graph_module)
+    integers = _held_as_integers(graph_module)
     weights: dict[fx.Node, tuple[int, int]] = {}
     for users in index.storages.values():
         nodes = [node for user in users for node in user.nodes]
         if nodes:
             first = min(nodes)
             elements, length = weights.get(first, (0, 0))
-            more, longer = _held(users)
+            more, longer = _held(users, integers)
             weights[first] = elements + more, length + longer
     table: list[NodeCost] = []
     for node in graph_module.graph.nodes:
@@ -153,13 +156,23 @@ def _kind(node: fx.Node, module: nn.Module | None) -> str:
     return describe_target(node) if node.op in ("call_function", "call_method") else node.op
 
 
-def _held(users: Iterable[StorageUser]) -> tuple[int, int]:
+def _held_as_integers(graph_module: fx.GraphModule) -> dict[int, int]:
+    """Buffers that were parameters, as layers say in ``held_as_integers``: id of a tensor → elements of the weight."""
+    return {
+        id(getattr(module, name)): elements
+        for module in graph_module.modules()
+        for name, elements in getattr(module, "held_as_integers", {}).items()
+    }
+
+
+def _held(users: Iterable[StorageUser], integers: Mapping[int, int]) -> tuple[int, int]:
     """Elements of the parameters in one piece of memory, and its bytes; what several names share counts once."""
     distinct = {(user.span, user.tensor.shape, user.tensor.stride()): user for user in users}
     spans = [user.span for user in distinct.values()]
     reach = max(end for _, _, end in spans) - min(start for _, start, _ in spans)
     parameters = [user.tensor for user in distinct.values() if isinstance(user.tensor, nn.Parameter)]
     elements = sum(tensor.numel() for tensor in parameters)
+    elements += sum(integers.get(id(user.tensor), 0) for user in distinct.values())
     if len(parameters) > 1:
         elements = min(elements, reach // parameters[0].element_size())
     return elements, min(reach, sum(user.tensor.numel() * user.tensor.element_size() for user in distinct.values()))

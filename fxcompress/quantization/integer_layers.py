@@ -6,7 +6,7 @@ integers, with a scale for each block of inputs, and multiplies in floating poin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,9 +23,16 @@ _WEIGHT = QuantType(8, signed=True, symmetric=True, narrow=True)
 
 
 class _IntegerLinear(nn.Module):
+    _integers: ClassVar[str] = "weight"
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def held_as_integers(self) -> dict[str, int]:
+        """The buffer with the weight, and how many elements that has: the report counts them as parameters."""
+        return {self._integers: self.in_features * self.out_features}
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -74,6 +81,7 @@ class BlockLinear(_IntegerLinear):
         bias: ``[out]`` or None.
     """
 
+    _integers = "packed"
     packed: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor

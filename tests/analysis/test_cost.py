@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import fxcompress as fxc
+from fxcompress import passes
 from fxcompress.analysis.cost import Cost, cost, node_costs
 from fxcompress.capture import capture
 from fxcompress.errors import OptionError
@@ -35,6 +37,16 @@ def test_tied_weights_and_shared_layers_count_once():
     assert found.macs == 5 * (16 + 16 + 28)
     holders = {row.layer: row.parameters for row in node_costs(graph_module) if row.parameters}
     assert holders == {"embedding": 28, "body": 20}
+
+
+@pytest.mark.parametrize("pass_", [passes.QuantizeDynamic(), passes.QuantizeWeights(bits=4, block_size=16)], ids=str)
+def test_weights_that_became_integers_count_as_the_parameters_that_they_were(pass_):
+    model = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 5))
+    report = fxc.compile(model.eval(), passes=[pass_], example_inputs=(torch.randn(2, 48),), progress=False).report
+    (done,) = report.passes
+    assert done.after.parameters == done.before.parameters == 48 * 32 + 32 + 32 * 5 + 5
+    assert done.after.bytes < done.before.bytes / 2
+    assert sum(row.parameters for row in report.layers) == done.after.parameters
 
 
 def test_bytes_go_by_dtype_and_by_memory():
