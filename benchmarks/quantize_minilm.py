@@ -12,6 +12,7 @@ corpus, which is not rated.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -150,6 +151,7 @@ def run(chosen: Sequence[str] | None, engines: Path) -> list[Row]:
         if chosen and name not in chosen and name != "float32":
             continue
         bundle = engines / name.replace(",", "").replace(" ", "_")
+        shutil.rmtree(bundle, ignore_errors=True)  # of an earlier run
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = fxc.compile(
