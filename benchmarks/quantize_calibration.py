@@ -115,7 +115,7 @@ def save(rows: list[Row], threads: int) -> None:
         notes=[
             "Milliseconds of processor time for each batch of a plain forward pass of the graph and of `Calibrate`, "
             f"and what `Calibrate` does once; medians over rounds, the ratio is the median of those of a round. "
-            f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights and inputs."
+            f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights."
         ],
         facts=_results.machine_facts(threads),
     )

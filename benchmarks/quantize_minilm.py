@@ -228,8 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time_engines(rows, options.engines, options.threads, options.repetitions)
     else:
         made = run(options.method, options.engines)
-        kept = [row for row in _results.read_rows(RESULTS) if row["method"] not in {item["method"] for item in made}]
-        rows = [*kept, *made]
+        found = {row["method"]: row for row in [*_results.read_rows(RESULTS), *made]}
+        rows = [found[name] for name in methods([]) if name in found]
     save(rows, options.threads)
     return 0
 

@@ -13,6 +13,8 @@ from fxcompress.errors import OptionError
 
 __all__ = ["Histogram", "HistogramValue"]
 
+_RUN = 16  # neighbours that are sampled together
+
 
 @dataclass(frozen=True)
 class HistogramValue:
@@ -46,8 +48,8 @@ class HistogramValue:
 class Histogram(Statistic):
     """Counts of the values of the tensor, as a :class:`HistogramValue`.
 
-    Of a larger tensor evenly spaced values are counted, weighted to the number of all; its least and greatest value are
-    exact. That keeps the cost of a batch near that of running the model.
+    Of a larger tensor evenly spaced runs of 16 values are counted, weighted to the number of all; its least and
+    greatest value are exact. That keeps the cost of a batch near that of running the model.
 
     Attributes:
         bins: an even number. After the range has doubled, at least half of them cover values seen on either side.
@@ -55,7 +57,7 @@ class Histogram(Statistic):
     """
 
     bins: int = 2048
-    sample: int = 1 << 19
+    sample: int = 1 << 16
 
     def __post_init__(self) -> None:
         if self.bins < 4 or self.bins % 4:
@@ -91,7 +93,10 @@ class _Counts(Accumulator):
             return
         self._cover(peak)
         total = flat.numel()
-        if total > self.sample:
+        if total > self.sample >= _RUN:
+            runs = flat[: total // _RUN * _RUN].reshape(-1, _RUN)  # a cache line each
+            flat = runs[:: _stride(len(runs), self.sample // _RUN)].reshape(-1)
+        elif total > self.sample:
             flat = flat[:: _stride(total, self.sample)]
         # Counts of float32 are exact up to 2²⁴, and a sample is smaller than that.
         found = torch.histc(flat.float(), self.bins, -self.limit, self.limit).double()
