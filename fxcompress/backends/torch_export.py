@@ -76,7 +76,8 @@ class TorchExport(Backend):
             raise BackendError(
                 "this bundle is native code, which can do anything once it is loaded",
                 where=str(path / AOT_FILE),
-                remedy="load_engine(path, trust_native_code=True), if you know who made it",
+                remedy="if you know who made it: load_engine(path, trust_native_code=True), on the command line "
+                "-B trust_native_code=true",
             )
         return TorchExportEngine(path, manifest, backend)
 
