@@ -19,7 +19,7 @@ from fxcompress.capture import capture
 from fxcompress.passes import Distill, FactorizeLinear, PassContext
 
 SENTENCES, WORDS = 320, 6144  # of the calibration
-EPOCHS, RATE = 1, 5e-4  # of the distillation
+EPOCHS, RATE = 2, 5e-4  # of the distillation
 
 
 class Texts:

@@ -151,6 +151,8 @@ class FactorizeConv(Pass):
     def _ranks(self, method: str, site: Site, shape: Shape, metric: Metric) -> tuple[int, ...] | None:
         """What the options mean for a method; None where no rank below the full one serves."""
         last = steps(method, shape)
+        if self.method == "auto" and isinstance(self.rank, int) and self.rank > steps("channel", shape):
+            return None  # what the others would be compared with approximates nothing
         kernel = kernel_of(site.layer)
         if self.rank == "vbmf":
             return self._by_noise(method, kernel, shape)

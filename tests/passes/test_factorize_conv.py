@@ -224,3 +224,11 @@ def test_latency_is_measured_inside_compile():
         told = [skip.reason for skip in result.skipped if skip.code == "does_not_pay"]
         assert len(told) + len(result.rewrites) == 1
         assert all("On onnxruntime 2 layers take" in reason or "3 layers" in reason for reason in told)
+
+
+@pytest.mark.parametrize("rank", [16, 99])
+def test_a_full_rank_is_left_whatever_the_method(rank):
+    model, x = single("plain")
+    for method in ("auto", "channel", "tucker2"):
+        pass_ = FactorizeConv(method=method, rank=rank)
+        check_pass(model, (x,), pass_, rewrites=0, skipped={"0": "full_rank"})
