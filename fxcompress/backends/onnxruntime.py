@@ -141,7 +141,7 @@ def _open(
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
         remedy = f"this is onnxruntime {onnxruntime.__version__}; the model may need a newer one, or be built anew"
-        if "NOT_IMPLEMENTED" in str(error):
+        if "NOT_IMPLEMENTED" in str(error) or "bfloat16" in str(error):
             remedy = (
                 "it has no kernel for this type on these providers, for bfloat16 on the CPU say: leave the layer in "
                 "float32 or float16, or use openvino, torchscript or torch_export"

@@ -104,6 +104,7 @@ class Checkpoints:
         """
         name = f"step-{step:08d}"
         document = {"format": _FORMAT, "identity": self.identity, "state": state}
+        part: Path | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             for stale in self.directory.glob(".part-*"):
@@ -120,9 +121,13 @@ class Checkpoints:
             _sync(self.directory)
             for old in self._written()[:-2]:
                 shutil.rmtree(old)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            if part is not None:
+                shutil.rmtree(part, ignore_errors=True)
             raise PreconditionError(
-                f"the checkpoint cannot be written: {error}", where=str(self.directory), remedy="give another directory"
+                f"the checkpoint cannot be written: {error}",
+                where=str(self.directory),
+                remedy="make room on the disk, or give another directory",
             ) from error
         return target
 

@@ -20,11 +20,17 @@ Kept = Mapping[str, Mapping[int, Sequence[int]]]
 
 
 def kept_channels(rewrites: Iterable[Any]) -> dict[str, dict[int, list[int]]]:
-    """What the rewrites of ``PruneChannels`` kept: original name → dimension → indices."""
+    """What the rewrites of ``PruneChannels`` kept: original name → dimension → indices.
+
+    A second pass counts in what the first one kept; the result counts in the original.
+    """
     found: dict[str, dict[int, list[int]]] = {}
     for rewrite in rewrites:
         for name, dims in rewrite.detail.get("kept", {}).items():
-            found.setdefault(name, {}).update({int(dim): list(indices) for dim, indices in dims.items()})
+            known = found.setdefault(name, {})
+            for key, indices in dims.items():
+                dim = int(key)
+                known[dim] = [known[dim][index] for index in indices] if dim in known else list(indices)
     return found
 
 

@@ -68,3 +68,18 @@ def test_strangers_and_factored_state_are_refused():
     step(model, factored)
     with pytest.raises(PreconditionError, match="cannot be cut"):
         prune_optimizer(factored, model, compiled.module, rewrites)
+
+
+def test_state_follows_two_passes():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step(model, optimizer)
+    for parameter in model.parameters():  # told apart by what they are: state that equals its weight
+        optimizer.state[parameter]["momentum_buffer"] = parameter.detach().clone()
+    twice = [fxc.passes.PruneChannels(ratio=0.5), fxc.passes.PruneChannels(ratio=0.25)]
+    compiled = fxc.compile(model.eval(), twice, (X,))
+    rewrites = [rewrite for done in compiled.report.passes for rewrite in done.rewrites]
+    pruned = prune_optimizer(optimizer, model, compiled.module, rewrites)
+    assert compiled.module.get_submodule("0").weight.shape[0] == 6
+    for parameter, state in pruned.state.items():
+        assert torch.equal(state["momentum_buffer"], parameter)
