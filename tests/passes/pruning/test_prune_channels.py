@@ -14,6 +14,8 @@ from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.verify import verify
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.pruning.plan import make_plan
+from fxcompress.passes.pruning.remove import remove
 from fxcompress.passes.pruning.target import refill
 from tests.passes.pruning.oracle import dead_channels
 from tests.support import kept_of, randomize
@@ -232,6 +234,28 @@ def test_nothing_to_prune_is_told():
     model = nn.Linear(4, 2).eval()
     result = PruneChannels().run(capture(model, (torch.randn(2, 4),)), PassContext())
     assert not result.changed and {skip.code for skip in result.skipped} == {"nothing_to_prune", "pinned"}
+
+
+class Interleaved(nn.Module):
+    """Reads every other channel: positions that a removal has to rewrite."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.head = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.cat([x[:, 1::2], x[:, ::2]], 1))
+
+
+def test_what_a_target_measures_on_a_copy_is_a_graph_that_runs():
+    captured = capture(randomize(Interleaved()).eval(), (X,))
+    plan = make_plan(captured)
+    copied = copy_graph(captured)
+    remove(copied, plan.on(copied), plan.groups[0].classes[:5])
+    verify(copied, shapes=True)
+    copied(X)
 
 
 def test_a_target_is_refused_where_nothing_can_go():
