@@ -363,3 +363,17 @@ def test_weights_are_shared_until_the_module_is_asked_for(net: Net) -> None:
         late(IMAGE)
     with pytest.raises(PreconditionError, match="changed after compile"):
         _ = late.module
+
+
+@pytest.mark.slow
+def test_weights_of_more_than_2_gib(tmp_path: Path) -> None:
+    """More than a protocol buffer holds: they go into a file of their own. Needs 4 GiB of memory and 3 of disk."""
+    width, depth = 8192, 9
+    model = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(depth)]).eval()
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    engine = fxc.compile(model, [], (x,), backend="onnxruntime", output=tmp_path / "large").engine
+    assert engine is not None
+    assert (tmp_path / "large" / "model.onnx.data").stat().st_size == depth * width**2 * 4 > 2**31
+    with torch.no_grad():
+        wanted = model(x[:1])
+    assert float((engine(x[:1]) - wanted).abs().max() / wanted.abs().max()) < 1e-4
