@@ -1,4 +1,4 @@
-"""Losses between what a student and a teacher compute inside.
+"""Losses between what a student and a teacher compute inside, ``[batch, channels, places …]``.
 
 ``fitnets`` (Romero et al. 2015), ``attention`` (Zagoruyko & Komodakis 2017), ``relational`` (Park et al. 2019).
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,31 +17,34 @@ __all__ = ["FEATURE_LOSSES", "adapter_for", "attention", "fitnets", "relational"
 
 functional = nn.functional
 
+_MAPS: dict[int, Callable[[int, int], nn.Module]] = {
+    2: lambda ours, theirs: nn.Linear(ours, theirs, bias=False),
+    3: lambda ours, theirs: nn.Conv1d(ours, theirs, 1, bias=False),
+    4: lambda ours, theirs: nn.Conv2d(ours, theirs, 1, bias=False),
+    5: lambda ours, theirs: nn.Conv3d(ours, theirs, 1, bias=False),
+}
+_POOLS: dict[int, Any] = {4: functional.adaptive_avg_pool2d, 5: functional.adaptive_avg_pool3d}
+
 
 def adapter_for(student: torch.Tensor, teacher: torch.Tensor) -> nn.Module:
-    """A linear map of the student's channels to the teacher's: 1 x 1 for images, the last dim elsewhere; none where
-    both are as wide.
+    """A linear map of the student's channels to the teacher's, the same at all places; none where both are as wide.
 
     Raises:
-        PreconditionError: the two have different numbers of dims.
+        PreconditionError: the two have different numbers of dims, or more than five.
     """
-    if student.dim() != teacher.dim() or student.dim() < 2:
+    if student.dim() != teacher.dim() or student.dim() not in _MAPS:
         raise PreconditionError(
             f"a student's feature {list(student.shape)} and a teacher's {list(teacher.shape)} do not correspond",
             where="features",
             remedy="name layers whose outputs have as many dims",
         )
-    axis = _channels(student)
-    ours, theirs = student.shape[axis], teacher.shape[axis]
-    if ours == theirs:
-        return nn.Identity()
-    return nn.Conv2d(ours, theirs, 1, bias=False) if student.dim() == 4 else nn.Linear(ours, theirs, bias=False)
+    ours, theirs = student.shape[1], teacher.shape[1]
+    return nn.Identity() if ours == theirs else _MAPS[student.dim()](ours, theirs)
 
 
 def fitnets(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Mean squared difference; the larger image is averaged down to the smaller."""
-    if student.dim() == teacher.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
-        student, teacher = _same_places(student, teacher)
+    student, teacher = _same_places(student, teacher)
     if student.shape != teacher.shape:
         raise PreconditionError(
             f"a student's feature {list(student.shape)} and a teacher's {list(teacher.shape)} do not match",
@@ -52,9 +56,7 @@ def fitnets(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 def attention(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared distance of the maps ``Σ_c a²`` of places, each of length 1; widths may differ."""
-    ours, theirs = _map(student), _map(teacher)
-    if ours.dim() == theirs.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
-        ours, theirs = _same_places(ours, theirs)
+    ours, theirs = _same_places(_map(student), _map(teacher))
     if ours.shape != theirs.shape:
         raise PreconditionError(
             f"features {list(student.shape)} and {list(teacher.shape)} do not have the same places",
@@ -82,32 +84,28 @@ FEATURE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] 
 }
 
 
-def _channels(value: torch.Tensor) -> int:
-    return 1 if value.dim() == 4 else -1
-
-
 def _same_places(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images averaged down to the smaller height and width of the two."""
-    size = min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
-    return functional.adaptive_avg_pool2d(a, size), functional.adaptive_avg_pool2d(b, size)
+    """Images and volumes averaged down to the smaller size in each direction; tokens are not averaged."""
+    pool = _POOLS.get(a.dim())
+    if a.dim() != b.dim() or a.shape[2:] == b.shape[2:] or pool is None:
+        return a, b
+    size = [min(ours, theirs) for ours, theirs in zip(a.shape[2:], b.shape[2:], strict=True)]
+    return pool(a, size), pool(b, size)
 
 
 def _map(value: torch.Tensor) -> torch.Tensor:
-    """``[batch, 1, height, width]`` or ``[batch, places]``."""
+    """``[batch, 1, places …]``."""
     if value.dim() < 3:
         raise PreconditionError(
             f"a feature of shape {list(value.shape)} has no places to attend to",
             where="features",
             remedy="name layers with images or sequences, or use feature_loss='relational'",
         )
-    axis = _channels(value)
-    return value.square().sum(axis, keepdim=value.dim() == 4)
+    return value.square().sum(1, keepdim=True)
 
 
 def _embedding(value: torch.Tensor) -> torch.Tensor:
-    if value.dim() == 4:
-        return value.mean((2, 3))
-    return value.mean(1) if value.dim() == 3 else value.flatten(1)
+    return value.flatten(2).mean(2) if value.dim() > 2 else value
 
 
 def _distances(rows: torch.Tensor) -> torch.Tensor:
