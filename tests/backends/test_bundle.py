@@ -88,7 +88,7 @@ def test_what_was_written_is_read(bundle: Path) -> None:
 def test_no_directory(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "there is no such directory")
     (tmp_path / "file").touch()
-    refused(tmp_path / "file", "is a file, not a bundle's directory")
+    refused(tmp_path / "file", "no bundle here: this is a file")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "manifest.json is missing", MANIFEST)
 

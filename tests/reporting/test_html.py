@@ -102,5 +102,5 @@ def test_without_jinja2_the_remedy_is_named(report, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(PreconditionError, match="Jinja2") as caught:
         report.save(tmp_path / "report.html")
-    assert "pip install fxcompress[report]" in str(caught.value.remedy)
+    assert "pip install 'fxcompress[report]'" in str(caught.value.remedy)
     assert not list(tmp_path.iterdir())
