@@ -334,3 +334,13 @@ def test_damaged_manifest_options_say_what_to_do(tmp_path: Path) -> None:
     manifest = Path(engine.path) / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"threads"', '"treads"'))
     refused(BundleError, "no option 'treads'", fxc.load_engine, tmp_path / "e")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
+def test_a_graph_called_with_another_dtype(dtype: torch.dtype) -> None:
+    graph = fxc.compile(nn.Linear(3, 2).eval(), example_inputs=(torch.randn(2, 3),), progress=False)
+    with pytest.raises(PreconditionError, match=r"of torch\.float32, this call gives") as caught:
+        graph(torch.ones(2, 3, dtype=dtype))
+    assert "to(torch.float32)" in str(caught.value.remedy)
+    graph.module.double()  # whoever brings the graph to a dtype may give it
+    assert graph.module(torch.ones(2, 3, dtype=torch.float64)).dtype == torch.float64

@@ -49,6 +49,8 @@ def _flatten_call(graph_module: fx.GraphModule, call: Any, spec: pytree.TreeSpec
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             if isinstance(leaf, torch.Tensor):
+                if leaf.dtype != value.dtype:
+                    _check_dtype(graph_module, node.name, value.dtype, leaf.dtype)
                 _check_sizes(graph_module, node.name, value, leaf, sizes)
         elif not isinstance(value, torch.SymInt) and (type(leaf) is not type(value) or _differ(leaf, value)):
             raise PreconditionError(
@@ -61,6 +63,20 @@ def _flatten_call(graph_module: fx.GraphModule, call: Any, spec: pytree.TreeSpec
 
 def _differ(given: Any, fixed: Any) -> bool:
     return bool(given != fixed and fixed == fixed)  # NaN is itself here
+
+
+def _check_dtype(graph_module: fx.GraphModule, name: str, captured: torch.dtype, given: torch.dtype) -> None:
+    """Refuse another dtype, unless the graph was brought to it (``graph.half()``) or autocast converts."""
+    kinds = [(dtype.is_floating_point, dtype.is_complex, dtype == torch.bool) for dtype in (captured, given)]
+    floats = {weight.dtype for weight in graph_module.parameters() if weight.is_floating_point()}
+    converted = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    if kinds[0] == kinds[1] and (not captured.is_floating_point or not floats or given in floats or converted):
+        return
+    raise PreconditionError(
+        f"the model was captured with {name} of {captured}, this call gives {given}",
+        where=f"input {name!r}",
+        remedy=f"give {name}.to({captured}), or compile again with an example of {given}",
+    )
 
 
 def _check_sizes(
