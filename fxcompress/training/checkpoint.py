@@ -207,10 +207,17 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]
 ) -> None:
-    """Put back what :func:`optimizer_state` took; groups and their options stay as they are."""
+    """Put back what :func:`optimizer_state` took; groups and their options stay as they are.
+
+    Files hold tensors in the order of their dims: what is of a parameter's shape gets its strides again.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in [*tensors.items(), *plain.items()]:
         index, _, key = name.partition(".")
+        if isinstance(value, torch.Tensor) and value.shape == parameters[int(index)].shape:
+            like = parameters[int(index)].detach()
+            value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

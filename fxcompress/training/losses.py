@@ -115,8 +115,12 @@ def _cross_entropy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         raise ValueError("one label for each row of logits is needed")
     if logits.dim() > 2:
         logits, labels = logits.flatten(0, -2), labels.flatten()
+    # A CPU knows at once that all labels count, as they mostly do; a GPU would have to be waited for.
+    counts = labels != _NO_LABEL
+    if labels.device.type == "cpu" and labels.numel() and bool(counts.all()):
+        return functional.cross_entropy(logits, labels)
     # A mean that is 0, not NaN, where no label of the batch counts.
-    counted = (labels != _NO_LABEL).sum().clamp_min(1)
+    counted = counts.sum().clamp_min(1)
     return functional.cross_entropy(logits, labels, ignore_index=_NO_LABEL, reduction="sum") / counted
 
 

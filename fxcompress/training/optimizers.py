@@ -13,6 +13,8 @@ from fxcompress.training.schedules import Schedule
 
 __all__ = ["make_optimizer", "set_rates"]
 
+_FUSED_ON = ("cpu", "cuda")
+
 
 def make_optimizer(
     graph_module: fx.GraphModule, objective: nn.Module, options: TrainingOptions
@@ -43,7 +45,7 @@ def make_optimizer(
             where="parameters",
             remedy="call model.requires_grad_() before compile(), and train before passes that make integers",
         )
-    return _made(groups, options)
+    return _made(graph_module, groups, options)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: Schedule, step: int) -> float:
@@ -58,14 +60,18 @@ def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> di
     return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
 
 
-def _made(groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim.Optimizer:
+def _made(
+    graph_module: fx.GraphModule, groups: list[dict[str, Any]], options: TrainingOptions
+) -> torch.optim.Optimizer:
+    # None leaves the choice to torch, which takes one kernel per parameter and operation on a CPU.
+    fused = True if _fusible(graph_module, groups, options) else None
     if options.optimizer == "sgd":
         nesterov = options.momentum > 0
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=nesterov)
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=nesterov, fused=fused)
     if options.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=options.lr)
+        return torch.optim.Adam(groups, lr=options.lr, fused=fused)
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr)
+        return torch.optim.AdamW(groups, lr=options.lr, fused=fused)
     assert callable(options.optimizer)
     made = options.optimizer(groups)
     if not isinstance(made, torch.optim.Optimizer):
@@ -75,3 +81,31 @@ def _made(groups: list[dict[str, Any]], options: TrainingOptions) -> torch.optim
     for group in made.param_groups:
         group.setdefault("initial_lr", group["lr"])
     return made
+
+
+def _fusible(graph_module: fx.GraphModule, groups: list[dict[str, Any]], options: TrainingOptions) -> bool:
+    """Whether one kernel may do a whole step.
+
+    It reads parameter, gradient and state by their places in memory, whatever their strides say. Autograd lays a
+    gradient out like its parameter where that is dense. Sparse gradients it does not take, and of the scale of float16
+    losses Accelerate knows only the other way.
+    """
+    if options.precision == "float16" or any(map(_has_sparse_gradient, graph_module.graph.nodes)):
+        return False
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return all(parameter.device.type in _FUSED_ON and _is_dense(parameter) for parameter in parameters)
+
+
+def _has_sparse_gradient(node: fx.Node) -> bool:
+    """Whether it is an embedding that gives only those rows gradients that it read."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get("sparse") is True
+
+
+def _is_dense(parameter: torch.Tensor) -> bool:
+    if parameter.layout != torch.strided:
+        return False
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
+    return parameter.is_contiguous() or (last is not None and parameter.is_contiguous(memory_format=last))
