@@ -149,12 +149,12 @@ class PruneChannels(Pass):
     ) -> NDArray[np.int64]:
         """What goes now, so that ``share`` of the way to the goal is done."""
         scores = scores_of(self, graph_module, plan, groups)
-        choice = Choice(groups, plan.kinds(groups), scores, self._limits(account, groups, share))
+        choice = Choice(groups, plan.kinds(groups), scores, self._limits(account, groups, share, goal))
 
         def at(ratio: float) -> NDArray[np.int64]:
             return plan.without_empty(choice.at(ratio), scores)
 
-        return goal.classes(graph_module, plan, at, choice.apart, share)
+        return goal.classes(graph_module, plan, at, choice.given_back, share)
 
     @staticmethod
     def _proved(
@@ -164,7 +164,7 @@ class PruneChannels(Pass):
             return None
         return dead_channel_proof(before, after, removal, context.example_inputs, context.seed)
 
-    def _limits(self, account: Account, groups: Sequence[Group], share: float) -> Limits:
+    def _limits(self, account: Account, groups: Sequence[Group], share: float, goal: Goal) -> Limits:
         return Limits(
             scope=self.scope,
             ratios={pattern: ratio * share for pattern, ratio in self.ratios.items()},
@@ -172,6 +172,7 @@ class PruneChannels(Pass):
             min_width=self.min_width,
             max_ratio=self.max_ratio,
             originals=tuple(account.original_width(group) for group in groups),
+            up=goal.measure is not None,
         )
 
     def _chosen(self, plan: Plan) -> tuple[list[Group], list[Skip]]:

@@ -16,6 +16,7 @@ from fxcompress.graph.copying import copy_graph
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.pruning.plan import Plan
 from fxcompress.passes.pruning.remove import remove
+from fxcompress.passes.pruning.select import Piece
 from fxcompress.passes.pruning.target import reach, refill
 
 __all__ = ["Goal", "goal_of"]
@@ -53,7 +54,7 @@ class Goal:
         start: the measure now.
         target: what shall be left of it.
         tries: measurements of the search for a ratio.
-        cheap: groups are measured one by one after that.
+        cheap: single channels are given back after that, with a measurement for each few.
     """
 
     ratio: float | None = None
@@ -69,7 +70,7 @@ class Goal:
         graph_module: fx.GraphModule,
         plan: Plan,
         at: Callable[[float], Classes],
-        apart: Callable[[Classes], Sequence[Classes]],
+        given_back: Callable[[Classes], Sequence[Piece]],
         share: float,
     ) -> Classes:
         """What goes so that ``share`` of the way is done.
@@ -78,7 +79,7 @@ class Goal:
             graph_module: the graph as it is.
             plan: its dependencies.
             at: the classes for a ratio.
-            apart: classes by group, those first that matter most.
+            given_back: parts of classes, those first that shall stay where a target leaves room.
             share: in (0, 1]; below 1 in all but the last of several steps.
 
         Raises:
@@ -96,10 +97,10 @@ class Goal:
             return measure(copied)
 
         target = self.start - (self.start - self.target) * share
-        gone, short = reach(at, left, target, what=self.what, tries=self.tries)
+        gone = reach(at, left, target, what=self.what, tries=self.tries)
         if not self.cheap:
             return gone
-        return refill(gone, apart(np.setdiff1d(gone, short)), left, target)
+        return refill(gone, given_back(gone), left, target)
 
     def refuse_whole(self) -> None:
         """Say that a target is out of reach where nothing can go.

@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxcompress.analysis.dependency.groups import Group
 
-__all__ = ["Choice", "Limits", "matches"]
+__all__ = ["Choice", "Limits", "Piece", "matches"]
 
 Scope = Literal["local", "global"]
 
@@ -29,6 +30,8 @@ class Limits:
         min_width: least number of channels to leave in a group.
         max_ratio: greatest share of a group to remove.
         originals: width of each group before the first of several steps; ratios are shares of these.
+        up: a common ratio takes the next whole number of channels, not the nearest: for a target, whose room goes
+            back to the groups that kept the least share.
     """
 
     scope: Scope
@@ -37,6 +40,14 @@ class Limits:
     min_width: int
     max_ratio: float
     originals: Sequence[int]
+    up: bool = False
+
+
+class Piece(NamedTuple):
+    """Classes of one group that stay or go together."""
+
+    group: int
+    classes: NDArray[np.int64]
 
 
 class Choice:
@@ -76,23 +87,38 @@ class Choice:
         for index, group in enumerate(self._groups):
             fixed = self._fixed[index]
             if fixed is not None or self._limits.scope == "local":
-                share = ratio if fixed is None else fixed
-                wanted = round(share * self._before[index]) - (self._before[index] - len(group.classes))
+                whole = (ratio if fixed is None else fixed) * self._before[index]
+                total = math.ceil(whole - 1e-9) if self._limits.up and fixed is None else round(whole)
+                wanted = total - (self._before[index] - len(group.classes))
             else:
                 wanted = int(np.searchsorted(self._relative[index], threshold))
             removed.append(self._ranked[index][: self._rounded(group, wanted, *self._steps[index])])
         return np.concatenate(removed)
 
-    def apart(self, classes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Classes by group, the group first whose least of them matters most, relative to the group's mean."""
+    def given_back(self, classes: NDArray[np.int64]) -> list[Piece]:
+        """``classes`` in the order in which they may stay after all, each piece the next legal width of its group.
+
+        In local scope the group that would then keep the least share of its channels comes first, so that shares stay
+        as equal as whole channels allow; in global scope what matters most does. Groups with ratios of their own are
+        left out.
+        """
         wanted = np.zeros(len(self._scores), dtype=bool)
         wanted[classes] = True
-        parts = [
-            (float(relative[mine].min()), group.classes[mine])
-            for group, relative in zip(self._groups, self._own, strict=True)
-            if (mine := wanted[group.classes]).any()
-        ]
-        return [part for _, part in sorted(parts, key=lambda item: -item[0])]
+        found: list[tuple[float, float, Piece]] = []
+        for index, (group, ranked) in enumerate(zip(self._groups, self._ranked, strict=True)):
+            gone = ranked[wanted[ranked]]
+            if self._fixed[index] is not None or not gone.size:
+                continue
+            relative = np.sort(self._own[index][np.isin(group.classes, gone)])
+            _, step = self._steps[index]
+            counts = np.arange(len(gone) - 1, -1, -1)
+            legal = counts[(group.width - counts * group.multiplicity) % step == 0]
+            for most, fewer in pairwise([len(gone), *legal.tolist()]):
+                share = (len(group.classes) - fewer) / self._before[index]
+                matters = -float(relative[fewer])
+                order = (share, matters) if self._limits.scope == "local" else (matters, share)
+                found.append((*order, Piece(index, gone[fewer:most])))
+        return [piece for *_, piece in sorted(found, key=lambda item: item[:2])]
 
     def _own_ratio(self, group: Group) -> float | None:
         found = [

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxcompress.errors import PreconditionError
+from fxcompress.passes.pruning.select import Piece
 
 __all__ = ["reach", "refill"]
 
@@ -23,7 +24,7 @@ def reach(
     *,
     what: str,
     tries: int = 12,
-) -> tuple[Classes, Classes]:
+) -> Classes:
     """Bisect for the least ratio whose removal measures at most ``target``.
 
     Args:
@@ -34,7 +35,7 @@ def reach(
         tries: measurements beyond the first.
 
     Returns:
-        the classes that go, and the larger set's neighbour: those of the largest ratio found to fall short.
+        the classes that go.
 
     Raises:
         PreconditionError: not even the largest removal reaches the target.
@@ -56,27 +57,40 @@ def reach(
             low, none = middle, classes
         else:
             high, best = middle, classes
-    return best, none
+    return best
 
 
-def refill(gone: Classes, pieces: Sequence[Classes], measure: Callable[[Classes], float], target: float) -> Classes:
-    """Bisect for the most ``pieces``, in their order, that can stay after all.
+def refill(
+    gone: Classes,
+    pieces: Sequence[Piece],
+    measure: Callable[[Classes], float],
+    target: float,
+    *,
+    tries: int = 24,
+) -> Classes:
+    """Give back ``pieces``, in their order, while the target holds.
 
-    A ratio takes something from every group at once, and so overshoots a target. Between the ratio that reaches it and
-    the one that falls short, groups can be told apart.
+    A ratio takes something from every group at once, and so overshoots a target. What is left of the budget buys
+    single channels back. Where the next piece does not fit, its group is done, and smaller ones of others are tried.
 
     Args:
         gone: the classes that would go.
-        pieces: parts of ``gone``, what matters most first; each leaves a legal width.
+        pieces: parts of ``gone``, what shall stay first; each leaves a legal width with those before it.
         measure: what is left after classes went.
         target: in the unit of ``measure``.
+        tries: measurements.
     """
-    low, high, best = 0, len(pieces), gone
-    while low < high:
-        middle = (low + high + 1) // 2
-        fewer = np.setdiff1d(gone, np.concatenate(pieces[:middle]))
+    rest, step, growing = list(pieces), 1, True
+    for _ in range(tries):
+        if not rest:
+            break
+        fewer = np.setdiff1d(gone, np.concatenate([piece.classes for piece in rest[:step]]))
         if measure(fewer) <= target:
-            low, best = middle, fewer
+            gone, rest = fewer, rest[step:]
+            step = step * 2 if growing else max(step // 2, 1)
+        elif step > 1:
+            step, growing = step // 2, False
         else:
-            high = middle - 1
-    return best
+            rest = [piece for piece in rest if piece.group != rest[0].group]
+            growing = True
+    return gone

@@ -1,5 +1,7 @@
 """How much goes, and which channels: ratios, targets, limits, criteria, steps; and what is refused."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from fxcompress.passes.base import PassContext
 from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.pruning.plan import make_plan
 from fxcompress.passes.pruning.remove import remove
+from fxcompress.passes.pruning.select import Piece
 from fxcompress.passes.pruning.target import refill
 from tests.passes.pruning.oracle import dead_channels
 from tests.support import kept_of, randomize
@@ -93,11 +96,34 @@ def test_targets_are_reached_and_barely(captured, scope, measure):
         assert 0.85 * allowed < after <= allowed
 
 
-def test_groups_are_told_apart_where_a_ratio_overshoots():
-    gone, pieces = np.arange(6), [np.array([0, 1]), np.array([2, 3]), np.array([4, 5])]
-    assert refill(gone, pieces, lambda classes: 10 - len(classes), 7).tolist() == [2, 3, 4, 5]
-    assert refill(gone, pieces, lambda classes: 10 - len(classes), 4).tolist() == gone.tolist()
+def test_a_budget_that_is_left_buys_channels_back():
+    gone = np.arange(6)
+    pieces = [Piece(0, np.array([0, 1])), Piece(1, np.array([2, 3])), Piece(0, np.array([4])), Piece(2, np.array([5]))]
+
+    def left(target):
+        return refill(gone, pieces, lambda classes: 10 - len(classes), target).tolist()
+
+    assert left(6) == [2, 3, 4, 5]
+    assert left(4) == gone.tolist()
+    assert left(7) == [2, 3, 5]  # the second piece does not fit, one of another group does
+    assert left(10) == []
     assert refill(gone, [], lambda classes: 10 - len(classes), 4).tolist() == gone.tolist()
+
+
+def test_a_target_in_local_scope_keeps_equal_shares():
+    """No channel could return without breaking the budget, and none has a share far from the others."""
+    widths_before = (32, 64, 128)
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 1), nn.ReLU()) for a, b in pairwise((3, *widths_before))]
+    graph = capture(nn.Sequential(*blocks, nn.Conv2d(128, 5, 1)).eval(), (torch.randn(2, 3, 4, 4),))
+    budget = 16 * (3 * 15 + 15 * 31 + 31 * 63 + 63 * 5)  # what the most equal shares cost
+    result = PruneChannels(macs=budget).run(copy_graph(graph), PassContext())
+    assert [after for _, after in widths(result).values()] == [15, 31, 63]
+    assert cost(result.graph_module).macs == budget
+    result = PruneChannels(macs=budget, ratios={"1.0": 0.25}, round_to=4).run(copy_graph(graph), PassContext())
+    found = [after for _, after in widths(result).values()]
+    assert found[1] == 48 and not any(width % 4 for width in found)
+    a, b, c = found
+    assert 16 * (3 * a + a * b + b * c + c * 5) <= budget < 16 * (3 * a + a * b + b * (c + 4) + (c + 4) * 5)
 
 
 def test_latency_is_measured_where_compile_can(model, captured):
