@@ -59,6 +59,7 @@ def model_of(name: str) -> zoo.ZooModel:
         return zoo.find(f"torchvision:{name}")
 
     def build() -> nn.Module:
+        zoo.prepare_torchvision()  # transformers looks for it
         from transformers import BertConfig, BertModel
 
         return BertModel(BertConfig(attn_implementation="sdpa"), add_pooling_layer=False)

@@ -29,6 +29,7 @@ from fxcompress.backends.onnx_decompose import OnnxReadyProgram, RetracedProgram
 from fxcompress.backends.onnx_simplify import simplify as simplify_model
 from fxcompress.backends.onnx_translate import translation_table
 from fxcompress.backends.onnx_weights import fold_weights, strip_weights, write_model
+from fxcompress.backends.onnx_zero_points import separate_zero_points
 from fxcompress.backends.signature import TensorSpec, signature_of
 from fxcompress.errors import BackendError, FxCompressError
 from fxcompress.graph.info import info
@@ -118,6 +119,8 @@ def write_onnx(
         fold_weights(model.graph, weights)
     else:
         model = onnx.shape_inference.infer_shapes(model)
+    if onnxruntime_only:
+        separate_zero_points(model.graph, weights)
     _settle_sizes(model.graph.input, inputs)
     _settle_sizes(model.graph.output, outputs)
     tell("write ONNX")

@@ -76,6 +76,9 @@ def onnxruntime_translation(
 
     * SiLU is one operator of its own. It finds x · sigmoid(x) by itself, but not where x is dequantized: each of the
       two readers has a ``DequantizeLinear`` of its own by then.
+    * The hard sigmoid of a value that was quantized is an addition whose result is clipped: there is an integer kernel
+      for that, and the clip is part of the quantization behind it. A sixth of the value are the same integers on
+      another scale.
     * The bias of a linear layer on quantized inputs is an integer on the grid of its products. Where the layer's result
       is quantized ONNX Runtime sees to that by itself; where it is not, the layer would be in floating point.
     """
@@ -97,12 +100,25 @@ def onnxruntime_translation(
             )
         return op.Gemm(input, weight, bias, transB=1)
 
+    def hardsigmoid(self: Any) -> Any:
+        rounded = self.producer()
+        if rounded is None or rounded.op_type != "DequantizeLinear" or rounded.inputs[1].shape:
+            return op.HardSigmoid(self, alpha=1 / 6, beta=0.5)
+        integers, step, *zero = rounded.inputs
+        sixth = op.DequantizeLinear(integers, op.Mul(step, op.Constant(value_float=1 / 6)), *zero)
+        half = op.DequantizeLinear(
+            op.Cast(op.Constant(value_int=255), to=_UINT8),
+            op.Constant(value_float=0.5 / 255),
+            op.Cast(op.Constant(value_int=0), to=_UINT8),
+        )
+        return op.Clip(op.Add(sixth, half), op.Constant(value_float=0.0), op.Constant(value_float=1.0))
+
     def silu(self: Any) -> Any:
         if int(self.dtype) != _FLOAT:
             return op.Mul(self, op.Sigmoid(self))
         return contributed(_quick_gelu())(self, alpha=1.0)
 
-    return {aten.silu.default: silu, aten.linear.default: linear}
+    return {aten.silu.default: silu, aten.hardsigmoid.default: hardsigmoid, aten.linear.default: linear}
 
 
 def quantize_translation(

@@ -175,8 +175,9 @@ def _rms_norm(op: Any, input: Any, dims: int, weight: Any, eps: float | None) ->
 def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: Any, grouped: bool) -> Any:
     """softmax(s·Q Kᵀ + M) V, with Q scaled first so that 16-bit products stay in range.
 
-    A boolean mask picks: what it leaves out becomes exactly 0 after the softmax, also in rows that leave out
-    everything, as PyTorch has it.
+    A boolean mask picks: what it leaves out is so low that the softmax makes it exactly 0. A row that leaves out
+    everything is 0 in PyTorch, which a factor on the result sees to. Both are made of the mask alone, so that all
+    layers that share it share them.
     """
     rank = len(query.shape)
     given = key  # its shape is known, that of repeated heads may not be
@@ -192,15 +193,16 @@ def _attention(op: Any, query: Any, key: Any, value: Any, mask: Any, causal: boo
     lowest = _lowest(int(query.dtype))
     picks = mask is not None and int(mask.dtype) == _BOOL
     if picks:
-        scores = op.Where(mask, scores, _like(op, lowest, scores))
+        scores = op.Add(scores, op.Where(mask, _like(op, 0.0, query), _like(op, lowest, query)))
     elif mask is not None:
         scores = op.Add(scores, op.Max(mask, lowest))  # rows of -inf alone would turn into NaN
     elif causal:
         scores = op.Add(scores, _lower_triangle(op, query, given, lowest))
-    weights = op.Softmax(scores, axis=-1)
+    result = op.MatMul(op.Softmax(scores, axis=-1), value)
     if picks:
-        weights = op.Where(mask, weights, _like(op, 0.0, weights))
-    return op.MatMul(weights, value)
+        picked = op.Where(mask, _like(op, 1.0, query), _like(op, 0.0, query))
+        result = op.Mul(result, op.ReduceMax(picked, op.Constant(value_ints=[-1]), keepdims=1))
+    return result
 
 
 # Numbers of onnx.TensorProto.DataType.

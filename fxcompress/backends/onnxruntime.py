@@ -18,7 +18,7 @@ from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, whole
 from fxcompress.backends.onnx_weights import weights_file
 from fxcompress.backends.onnxruntime_engine import OnnxRuntimeEngine, Session, first_line
-from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized
+from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized, widest_weight
 from fxcompress.errors import BackendError, nearest
 
 __all__ = ["MODEL_FILE", "OnnxRuntime", "OnnxRuntimeEngine"]
@@ -32,7 +32,7 @@ _LEVELS = {
 }
 _ERRORS_ONLY = 3
 _HALF = (torch.float16, torch.bfloat16)
-_IN_HALF = "weights_in_16_bits"
+_IN_HALF, _IN_BYTES = "weights_in_16_bits", "weights_in_8_bits"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class OnnxRuntime(OnnxBackend):
         super().write(graph_module, directory, signature, context)
         if any(tensor.dtype in _HALF for tensor in graph_module.state_dict().values()):
             context.measurements[_IN_HALF] = True
+        if widest_weight(graph_module) == 8:
+            context.measurements[_IN_BYTES] = True
 
     def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:
         """Quantized graphs use operators that other engines lack; the file of any other graph is for everybody."""
@@ -108,6 +110,11 @@ class OnnxRuntime(OnnxBackend):
         """
         # Its rewrite to blocked layouts ends in a segmentation fault where a transposed value meets 16-bit weights.
         disabled = ["NchwcTransformer"] if manifest.measurements.get(_IN_HALF) else []
+        if manifest.measurements.get(_IN_BYTES):
+            # Where sums of byte products would overflow, exact kernels; elsewhere nothing changes. Equal zero points
+            # must not become one for that: see onnx_zero_points.
+            options.add_session_config_entry("session.x64quantprecision", "1")
+            disabled.append("ConstantSharing")
         return _open(path / MODEL_FILE, part, self, options, disabled)
 
     def session_options(self) -> onnxruntime.SessionOptions:

@@ -22,7 +22,8 @@ __all__ = ["InsertQuantStubs"]
 class InsertQuantStubs(Pass):
     """Put quantize/dequantize stubs on weights and activations, as the engine's scheme places them.
 
-    Run ``FuseModules`` first: a convolution with a batch norm behind it is left as it is.
+    Run ``FuseModules`` first: a convolution with a batch norm behind it is left as it is. For ``onnxruntime`` SiLU and
+    hard swish become a gate and a product.
 
     Attributes:
         scheme: ``onnxruntime``, ``openvino`` or ``tensorrt``.
@@ -33,7 +34,7 @@ class InsertQuantStubs(Pass):
     """
 
     name: ClassVar[str] = "insert_quant_stubs"
-    numerics: ClassVar[Numerics] = Numerics.EXACT
+    numerics: ClassVar[Numerics] = Numerics.REASSOCIATED
     scheme: str = "onnxruntime"
     ignore: tuple[str, ...] = ()
     ignore_kinds: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from torch.fx.node import map_arg
 
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.quantization.fake_quant import Quantizer
+from fxcompress.quantization.gates import split_gates
 from fxcompress.quantization.layers import quantized_layer
 from fxcompress.quantization.placement import Placement, place
 from fxcompress.quantization.schemes import Scheme
@@ -25,9 +26,12 @@ def insert_stubs(graph_module: fx.GraphModule, scheme: Scheme, ignored: Callable
         ignored: why the layer at a path shall stay in floating point, or None.
 
     Returns:
-        what was placed, in terms of the nodes that were there before.
+        what was placed, in terms of the nodes that were there before the stubs.
     """
     placement = place(graph_module, scheme, ignored)
+    if placement.gates:
+        split_gates(graph_module, placement.gates)
+        placement = place(graph_module, scheme, ignored)
     paths: dict[int, str] = {}
     with GraphEditor(graph_module) as editor:
         for path in placement.layers:

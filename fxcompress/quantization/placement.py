@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.capture.raising import call_arguments
+from fxcompress.quantization.gates import GATES
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.schemes import Scheme
 
@@ -48,7 +49,7 @@ _CLIPS = {
     aten.clamp_min.default,
     _LIMITS,
 }
-# Elementwise, and in floating point between a quantized input and a quantized output.
+# Elementwise, and in floating point between a quantized input and a quantized output, unless the scheme splits them.
 _FLOAT_ACTIVATIONS = {
     aten.hardswish.default,
     aten.hardsigmoid.default,
@@ -70,6 +71,7 @@ class Placement:
         values: nodes whose value gets a stub → number of the scale that it uses; equal numbers share one.
         readers: nodes whose value gets a stub → who reads the stub; None for everybody.
         operations: nodes that are to run in integers.
+        gates: of these the activations that first have to be split, for the engine has no kernel for the whole.
         left: layers that stay in floating point → code and reason.
     """
 
@@ -77,6 +79,7 @@ class Placement:
     values: dict[fx.Node, int] = field(default_factory=dict)
     readers: dict[fx.Node, set[fx.Node] | None] = field(default_factory=dict)
     operations: set[fx.Node] = field(default_factory=set)
+    gates: list[fx.Node] = field(default_factory=list)
     left: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -93,7 +96,7 @@ def place(graph_module: fx.GraphModule, scheme: Scheme, ignored: Callable[[str],
     if scheme.placement == "inputs":
         _inputs(graph_module, found, placement)
     else:
-        _values(graph_module, found, placement, results=scheme.results)
+        _values(graph_module, found, placement, scheme)
     return placement
 
 
@@ -152,8 +155,11 @@ def _norm_follows(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 # --- every value around an integer operation --------------------------------------------------------------------
 
 
-def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement, *, results: bool) -> None:
+def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement, scheme: Scheme) -> None:
     active = set(layers)
+    gates = GATES.keys() | set(GATES.values()) if scheme.split_gates else set()
+    in_integers = _SAME_SCALE | _POOLS | _UNARY | _CLIPS | gates
+    in_floats = _FLOAT_ACTIVATIONS - gates
     integer: set[fx.Node] = set(layers)  # values that an integer operation, or an activation behind one, makes
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or not _is_float32(node):
@@ -161,14 +167,15 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
         inputs = _tensors(node)
         if not inputs or not integer.issuperset(inputs):
             continue
-        if node.target in _SAME_SCALE | _POOLS | _UNARY | _CLIPS or _is_binary(node) or _is_image_mean(node):
+        if node.target in in_integers or _is_binary(node) or _is_image_mean(node):
             active.add(node)
             integer.add(node)
-        elif node.target in _FLOAT_ACTIVATIONS:
+        elif node.target in in_floats:
             integer.add(node)
-    _keep_gates(active)
+    _keep_gates(active, in_floats)
     _drop_useless(active, layers)
     placement.operations = set(active)
+    placement.gates = [node for node in graph_module.graph.nodes if node in active and node.target in GATES]
     scales = _Scales()
     for node in (n for n in graph_module.graph.nodes if n in active):
         inputs = _tensors(node)
@@ -180,7 +187,7 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
                 scales.join(value, node)
     numbers = scales.numbers()
     for value, number in numbers.items():
-        if not _is_clipped(value, active) and (results or not active.isdisjoint(value.users)):
+        if not _is_clipped(value, active) and (scheme.results or not active.isdisjoint(value.users)):
             placement.values[value] = number
             placement.readers[value] = None
 
@@ -191,7 +198,7 @@ def _gives_floats(graph_module: fx.GraphModule, node: fx.Node, active: set[fx.No
     return is_linear and not any(user in active for user in node.users)
 
 
-def _keep_gates(active: set[fx.Node]) -> None:
+def _keep_gates(active: set[fx.Node], in_floats: set[Any]) -> None:
     """A product right behind an activation in floating point is computed there too, and rounded once instead of twice.
 
     Such is squeeze-and-excitation behind a SiLU: the activation's other readers are the poolings of the gate, small
@@ -201,7 +208,7 @@ def _keep_gates(active: set[fx.Node]) -> None:
         for value in _tensors(node):
             others = [user for user in value.users if user is not node]
             whole = list(value.meta["val"].shape) == list(node.meta["val"].shape)
-            if value.target in _FLOAT_ACTIVATIONS and whole and all(_is_global_pool(user) for user in others):
+            if value.target in in_floats and whole and all(_is_global_pool(user) for user in others):
                 active.difference_update((node, *others))
 
 

@@ -29,6 +29,8 @@ class Scheme:
             layers read, and the skip branch of a residual addition.
         results: with ``values``, quantize also results that only floating-point operations read. Without, such a layer
             writes floats itself, and what follows can be fused into it.
+        split_gates: with ``values``, compute SiLU and hard swish in integers, as a gate and a product. Without, the
+            engine is taken to fuse the whole activation into the layer before it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Scheme:
     per_channel: bool = True
     placement: Literal["values", "inputs"] = "values"
     results: bool = True
+    split_gates: bool = False
 
 
 _UINT8 = QuantType(8, signed=False, symmetric=False)
@@ -44,7 +47,7 @@ _INT8 = QuantType(8, signed=True, symmetric=True)
 _INT8_WEIGHT = QuantType(8, signed=True, symmetric=True, narrow=True)
 
 SCHEMES = {
-    "onnxruntime": Scheme("onnxruntime", _UINT8, _INT8_WEIGHT),
+    "onnxruntime": Scheme("onnxruntime", _UINT8, _INT8_WEIGHT, split_gates=True),
     "openvino": Scheme("openvino", _UINT8, _INT8_WEIGHT, results=False),
     "tensorrt": Scheme("tensorrt", _INT8, _INT8_WEIGHT, placement="inputs"),
 }

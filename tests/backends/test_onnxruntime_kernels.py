@@ -115,19 +115,46 @@ def test_weights_count_as_the_engine_stores_them(compiled):
     assert "in PyTorch" in format_report(compiled.report)
 
 
-def test_silu_between_integers_is_one_operator_and_a_gate_behind_it_multiplies_floats():
+@pytest.mark.parametrize("activation", [nn.functional.silu, nn.functional.hardswish])
+def test_an_activation_that_gates_itself_runs_in_integers(activation):
     class Gated(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.gate, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
 
         def forward(self, x):
-            x = nn.functional.silu(self.a(x))
-            return self.b(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True))))
+            x = activation(self.a(x))
+            return self.b(x * nn.functional.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True))))
 
     compiled = built(Gated(), [Quantize([X])], X)
     found = compiled.engine.optimized_op_counts()
-    assert found["QuickGelu"] == 1 and found["QLinearConv"] == 3 and found["Mul"] == 1
-    assert not found.get("QLinearMul")
-    # rounded where convolutions read: input, the gate's two ends, the first convolution's result, and the product
-    assert found["QuantizeLinear"] == 3
+    assert found["QLinearConv"] == 3 and found["QLinearMul"] == 2 and found["QLinearGlobalAveragePool"] == 1
+    hard = activation is nn.functional.hardswish
+    assert found["QLinearAdd"] == 1 + hard and found.get("QLinearSigmoid", 0) == 1 - hard
+    assert found["QuantizeLinear"] == found["DequantizeLinear"] == 1  # at the model's ends
+
+
+def test_a_gated_activation_between_floats_stays_whole():
+    model = nn.Sequential(nn.LayerNorm(8), nn.SiLU(), nn.Linear(8, 4), nn.Hardswish())
+    counts = built(model, [Quantize([torch.randn(4, 8)])], torch.randn(4, 8)).engine.optimized_op_counts()
+    assert counts["QuickGelu"] == 1 and counts["QGemm"] == 1 and not counts.get("QLinearMul")
+
+
+def test_large_products_of_bytes_do_not_overflow():
+    """Without VNNI two products of 255 and 127 overflow the 16 bits in which the usual kernels add them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 40, 1), nn.Linear(40, 4)
+            for layer in (self.a, self.b, self.c):
+                nn.init.constant_(layer.weight, 0.5)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)).mean((2, 3)))
+
+    x = torch.ones(2, 2, 4, 4)
+    for bits in (7, 8):
+        compiled = built(Net(), [Quantize([x], weight_bits=bits)], x)
+        torch.testing.assert_close(torch.as_tensor(compiled.engine(x)), compiled(x), rtol=1e-2, atol=0)
+        assert compiled.engine.manifest.measurements.get("weights_in_8_bits", False) == (bits == 8)
