@@ -110,8 +110,8 @@ def _lines(bars: Sequence[Bar]) -> list[dict[str, Any]]:
 def _facts(detail: Mapping[str, Any]) -> list[tuple[str, str]]:
     told: list[tuple[str, str]] = []
     for name, value in detail.items():
-        if name == "curves":
-            continue  # they are drawn
+        if name == "curves" or value is None:
+            continue  # they are drawn; it was not measured
         text = f"{value:.4g}" if isinstance(value, float) else str(value)
         told.append((str(name), text if len(text) <= _TEXT else text[: _TEXT - 1] + "…"))
     return told

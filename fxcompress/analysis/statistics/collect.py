@@ -209,11 +209,14 @@ class _Runner(fx.Interpreter):
         for node in reversed(graph_module.graph.nodes):
             if node in self.needed:
                 self.needed.update(node.all_input_nodes)
-        self.take: Callable[[fx.Node, Any], None] = lambda node, value: None
+        self.take: Callable[[fx.Node, Any], None] = _nothing
 
     def run(self, leaves: list[Any], take: Callable[[fx.Node, Any], None]) -> None:  # type: ignore[override]
         self.take = take
-        super().run(*leaves, enable_io_processing=False)
+        try:
+            super().run(*leaves, enable_io_processing=False)
+        finally:
+            self.take = _nothing  # or what is added up would hold itself, until the next collection of cycles
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.needed and n.op != "placeholder":
@@ -222,6 +225,10 @@ class _Runner(fx.Interpreter):
         if n in self.watched:
             self.take(n, value)
         return value
+
+
+def _nothing(node: fx.Node, value: Any) -> None:
+    return None
 
 
 class _Eval:
