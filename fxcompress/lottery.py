@@ -22,6 +22,7 @@ from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.ownership import own_weights
 from fxcompress.passes.base import Pass, PassContext
+from fxcompress.passes.distill import Distill
 from fxcompress.passes.sparsify_weights import SparsifyWeights
 from fxcompress.training.options import TrainingOptions
 
@@ -141,6 +142,8 @@ def _check(training: Any, rounds: int, rate: float, rewind: int, seeds: Sequence
         raise OptionError(f"{training!r} does not train", where="training", remedy="give FineTune(...)")
     if training.validation is None:
         raise OptionError("the curve needs data for its metric", where="training", remedy="give it validation=")
+    if isinstance(training, Distill) and training.teacher is None:
+        raise OptionError("there is no teacher: the model as given is random", where="teacher", remedy="give teacher=")
     if training.checkpoint is not None:
         raise OptionError("many trainings cannot share one checkpoint", where="training", remedy="leave checkpoint out")
     if not 0 < rate < 1:
@@ -180,10 +183,18 @@ def _experiment(
         share = 1 - (1 - curve.rate) ** number
         sparse = SparsifyWeights(sparsity=share, scope=scope, ignore=ignore, max_sparsity=1.0)
         found = masks(sparse.run(copy_graph(trained), PassContext()).graph_module)
+        if not found:
+            raise PreconditionError("no weight of the model can be made sparse", where="make_model")
         trained = _masked(first, kept, found)
         yield _train(trained, training, "ticket", number, seed)
         # Other weights of the same kind; a seed that no experiment has.
         other = _made(make_model, example_inputs, (seed + 1) * 1_000_003 + number)
+        if all(torch.equal(other.get_parameter(path), first.get_parameter(path)) for path in found):
+            raise PreconditionError(
+                "the model has the same weights under every seed, so that nothing can be held against a ticket",
+                where="make_model",
+                remedy="make the model anew in it, with weights drawn by torch",
+            )
         yield _train(_masked(other, _weights(other), found), training, "reinitialized", number, seed)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.errors import OptionError, PreconditionError
-from fxcompress.passes import FineTune, FuseModules
+from fxcompress.passes import Distill, FineTune, FuseModules
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(256, 8, generator=GENERATOR)
@@ -83,11 +83,23 @@ def test_seeds_are_repeatable_and_differ():
         ({"training": FineTune(LOADER)}, "validation="),
         ({"training": FuseModules()}, "does not train"),
         ({"training": FineTune(LOADER, validation=LOADER, checkpoint="x")}, "share one checkpoint"),
+        ({"training": Distill(LOADER, validation=LOADER)}, "no teacher"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(OptionError, match=message):
         fxc.lottery_ticket(make, **({"training": FineTune(LOADER, validation=LOADER), "example_inputs": X} | options))
+
+
+def test_a_model_that_is_not_random_has_nothing_to_be_held_against():
+    model = make()
+    with pytest.raises(PreconditionError, match="same weights under every seed"):
+        fxc.lottery_ticket(lambda: model, FineTune(LOADER, validation=LOADER), X, rounds=1)
+
+
+def test_a_model_without_weights_that_can_go_is_refused():
+    with pytest.raises(PreconditionError, match="no weight of the model"):
+        fxc.lottery_ticket(lambda: nn.LayerNorm(X.shape[1]), FineTune(LOADER, validation=LOADER), X, rounds=1)
 
 
 def test_rewinding_behind_the_end_is_refused():

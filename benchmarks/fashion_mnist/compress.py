@@ -8,7 +8,7 @@ at most our multiply-accumulates; the same distillation; ONNX Runtime's `quantiz
 float32 teacher in one run: file, accuracy of the engine on the test images, latency.
 
     python -m benchmarks.fashion_mnist.compress --train-only     # trains what has no checkpoint yet
-    python -m benchmarks.fashion_mnist.compress                  # the same, then measures
+    python -m benchmarks.fashion_mnist.compress                  # the same, then measures; trains nothing that is there
     python -m benchmarks.fashion_mnist.compress --without-peers  # ours alone
 
 Training goes on where it was: every stage leaves its weights beside this file.
@@ -37,6 +37,7 @@ from benchmarks.fashion_mnist.data import Split, load, normalize
 from benchmarks.fashion_mnist.distill import Batches
 from benchmarks.fashion_mnist.network import ResNet, save, trained
 from benchmarks.fashion_mnist.prune import Method, Setting, macs, prune_theirs
+from benchmarks.fashion_mnist.train import PRECISION
 from fxcompress.passes import Distill, FuseModules, PruneChannels, Quantize, TrainQuantized
 
 RESULTS = _results.RESULTS / "compress_fashion_mnist.json"
@@ -50,10 +51,10 @@ DISTILLING: dict[str, Any] = {
     "lr": 0.05,
     "weight_decay": 5e-4,
     "schedule": "one_cycle",
-    "precision": "bfloat16",
+    "precision": PRECISION,
     "alpha": 0.9,
 }
-QUANTIZED_EPOCHS = 0.2  # of the training in integers
+QUANTIZED_EPOCHS, QUANTIZED_RATE = 0.4, 5e-4  # of the training in integers
 CALIBRATION = 16  # batches of 64 training images
 THREADS = 2
 COLUMNS = (
@@ -121,8 +122,9 @@ class Stages:
             return fxc.compile(model, passes, INPUTS)
         path = self.folder / f"{name}.safetensors"
         options |= {"teacher": trained(), "alpha": 0.9}
+        rate = {"lr": QUANTIZED_RATE}
         if not path.exists():
-            training = TrainQuantized(Batches(self.train, 1), epochs=self.quantized_epochs, **options)
+            training = TrainQuantized(Batches(self.train, 1), epochs=self.quantized_epochs, **rate, **options)
             compiled = fxc.compile(model, [*passes, training], INPUTS)
             save(compiled.module, path, {"seconds": f"{compiled.report.passes[-1].seconds:.0f}"})
         # The same stubs, not trained to speak of; then what training made of weights and grids.

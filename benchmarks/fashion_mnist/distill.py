@@ -26,7 +26,7 @@ from benchmarks import _results
 from benchmarks.fashion_mnist.data import Split, load
 from benchmarks.fashion_mnist.network import CHECKPOINT, ResNet, trained
 from benchmarks.fashion_mnist.prune import macs
-from benchmarks.fashion_mnist.train import BATCH, accuracy
+from benchmarks.fashion_mnist.train import BATCH, PRECISION, accuracy
 from fxcompress.passes import FineTune
 
 RESULTS = _results.RESULTS / "distill_fashion_mnist.json"
@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 0.1,
     "weight_decay": 5e-4,
     "schedule": "one_cycle",
-    "precision": "bfloat16",
+    "precision": PRECISION,
     "loss": "cross_entropy",
 }
 
@@ -148,7 +148,7 @@ def write(output: Path, rows: list[Row], figures: Row, options: argparse.Namespa
         notes=[
             f"Accuracy in percent on the 10,000 test images after {options.epochs:g} epochs on 60,000 training images, "
             f"batches of {BATCH}, flips and shifts; the same start, batches and order for both methods of one seed. "
-            "SGD, one cycle up to 0.1, weight decay 5e-4, bfloat16 autocast. `distilled`: alpha 0.9, temperature 4. "
+            f"SGD, one cycle up to 0.1, weight decay 5e-4, {PRECISION}. `distilled`: alpha 0.9, temperature 4. "
             "Spread is the largest minus the smallest of the seeds. `seconds` are of a machine that had other work.",
         ],
         facts=_results.machine_facts(options.threads),

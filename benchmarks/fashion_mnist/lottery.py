@@ -91,10 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    points = [point for row in _results.read_rows(options.output) for point in row["points"]]
+    known = (point for row in _results.read_rows(options.output) for point in row["points"])
+    points = [point for point in known if point["epochs"] == options.epochs]
     for rewind in options.rewind:
         for seed in range(options.seeds):
-            if not any((p["seed"], p["rewind"], p["epochs"]) == (seed, rewind, options.epochs) for p in points):
+            if not any((p["seed"], p["rewind"]) == (seed, rewind) for p in points):
                 points += experiment(seed, rewind, options.epochs)
                 write(options.output, points, options)
 

@@ -14,7 +14,7 @@ from fxcompress.training.account import frozen_layers
 from fxcompress.training.distillation import Match, Weights, distillation
 from fxcompress.training.features import FEATURE_LOSSES
 from fxcompress.training.loop import train
-from fxcompress.training.options import TrainingOptions
+from fxcompress.training.options import TrainingOptions, unread
 
 __all__ = ["Distill"]
 
@@ -65,6 +65,11 @@ class Distill(TrainingOptions, Pass):
                 where="feature_loss",
                 remedy=nearest(self.feature_loss, FEATURE_LOSSES),
             )
+        if self.match != "soft_targets":
+            unread(self, "temperature", "is of match='soft_targets'")
+        if not self.features:
+            for name in ("feature_loss", "feature_weight"):
+                unread(self, name, "is of features")
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One run of training against the teachers."""

@@ -99,6 +99,9 @@ class Iterate(Pass):
             )
         if self.better not in (None, "higher", "lower"):
             raise OptionError(f"better={self.better!r} is unknown", where="better", remedy="'higher' or 'lower'")
+        if self.metric != "accuracy" and (self.validation is None or callable(self.validation)):
+            where = "nothing to measure on" if self.validation is None else "validation is a function of its own"
+            raise OptionError(f"metric={self.metric!r} would do nothing: {where}", where="metric")
         self._check_until()
         for option, values_of in self.schedule.items():
             self._check_ramp(option, values_of)
@@ -139,6 +142,8 @@ class Iterate(Pass):
         skipped: dict[tuple[str, str], Skip] = {}
         points = [(0, start.parameters, sparsity(graph_module).share, at_start)]
         why = f"all {self.steps} rounds"
+        if self.until is not None and set(self.until if isinstance(self.until, Mapping) else ("",)) - {"drop"}:
+            why += ", the target was not reached"
         for number in range(1, self.steps + 1):
             found = PassManager(self._passes_of(number), prove=context.prove).run(current, context)
             records += [(number, record) for record in found.records]
@@ -216,7 +221,7 @@ class Iterate(Pass):
         assert told.metric is not None and told.metric_at_start is not None
         higher = higher_is_better(self.validation if callable(self.validation) else self.metric, self.better)  # type: ignore[arg-type]
         lost = told.metric_at_start - told.metric if higher else told.metric - told.metric_at_start
-        return lost > self.until["drop"]
+        return not lost <= self.until["drop"]  # NaN is a loss too
 
     def _reached(self, told: Round) -> bool:
         if self.until is None:

@@ -46,7 +46,7 @@ class SparsifyWeights(Pass):
         training: a pass that trains, such as ``FineTune``; the zeros then come step by step while it runs (Zhu & Gupta
             2017), in place of all at once.
         ramp: how the share grows with the steps: ``cubic``, 1 − (1 − t)³, or ``linear``.
-        every: optimizer steps between two choices.
+        every: most optimizer steps between two choices; at least ten are made where the ramp has as many steps.
         begin: share of the training after which the first weights go.
         end: share after which no more go, so that the rest can recover.
     """
@@ -89,6 +89,10 @@ class SparsifyWeights(Pass):
             raise OptionError(
                 f"method={self.method!r} needs data", where="calibration", remedy="give calibration=<batches>"
             )
+        if self.method == "magnitude" and self.calibration is not None:
+            raise OptionError(
+                "magnitude looks at no data", where="calibration", remedy="use method='wanda' or 'sparsegpt'"
+            )
         if self.scope == "global" and self.method == "sparsegpt":
             raise OptionError(
                 "sparsegpt weighs the weights of one layer against each other, not layers",
@@ -114,6 +118,11 @@ class SparsifyWeights(Pass):
         if self.every < 1:
             raise OptionError(f"every={self.every} is below 1", where="every")
         if self.training is None:
+            for name, default in (("ramp", "cubic"), ("every", 100), ("begin", 0.0), ("end", 0.75)):
+                if getattr(self, name) != default:
+                    raise OptionError(
+                        f"{name} is of zeros that come while training runs", where=name, remedy="give training="
+                    )
             return
         if self.method != "magnitude" or self.pattern is not None:
             raise OptionError(

@@ -16,10 +16,10 @@ from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.observers import weight_range
 from fxcompress.quantization.types import QuantType, parameters_of_range
 from fxcompress.training.account import frozen_layers
-from fxcompress.training.distillation import Weights, distillation
+from fxcompress.training.distillation import Match, Weights, distillation
 from fxcompress.training.loop import train
 from fxcompress.training.objective import Objective
-from fxcompress.training.options import TrainingOptions
+from fxcompress.training.options import TrainingOptions, unread
 from fxcompress.training.quantized import (
     QuantizedTraining,
     norms_of,
@@ -54,7 +54,8 @@ class TrainQuantized(TrainingOptions, Pass):
         ends: ``keep`` leaves the bits of the first and the last layer as they are, ``same`` gives all ``weight_bits``.
         teacher: as of ``Distill``; None takes the model as given to ``compile``.
         alpha: share of the teacher in the loss; 0 learns from labels alone.
-        temperature: of the teacher's answers.
+        temperature: of ``soft_targets``.
+        match: what of the answers is compared, as of ``Distill``: ``soft_targets``, ``mse`` or ``cosine``.
     """
 
     name: ClassVar[str] = "train_quantized"
@@ -71,6 +72,7 @@ class TrainQuantized(TrainingOptions, Pass):
     teacher: Any = field(default=None, kw_only=True)
     alpha: float = field(default=0.0, kw_only=True)
     temperature: float = field(default=4.0, kw_only=True)
+    match: Match = field(default="soft_targets", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +86,13 @@ class TrainQuantized(TrainingOptions, Pass):
             raise OptionError(f"reestimate={self.reestimate} is below 0", where="reestimate")
         if not self.temperature > 0:
             raise OptionError(f"temperature={self.temperature} is not above 0", where="temperature")
+        if self.alpha == 0:
+            for name in ("teacher", "temperature", "match"):
+                unread(self, name, "has no part in the loss where alpha is 0; 0.9 is usual with a teacher")
+        if self.match != "soft_targets":
+            unread(self, "temperature", "is of match='soft_targets'")
+        if self.weight_bits is None:
+            unread(self, "ends", "is of weight_bits")
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """Set the stubs up, train, settle the grids."""
@@ -115,7 +124,7 @@ class TrainQuantized(TrainingOptions, Pass):
                 known = [context.original if teacher is None else teacher for teacher in teachers]
                 if any(teacher is None for teacher in known):
                     raise PreconditionError("there is no teacher", where="teacher", remedy="give teacher=, or alpha=0")
-                weights = Weights(self.alpha, self.temperature, "soft_targets", 0.0, "fitnets")
+                weights = Weights(self.alpha, self.temperature, self.match, 0.0, "fitnets")
                 objective = stack.enter_context(distillation(graph_module, known, self.loss, weights, {}))
             history = train(graph_module, self.loader, objective, self, hooks=hooks, progress=context.progress)
         read = reestimate_norms(graph_module, self.loader, self.reestimate)

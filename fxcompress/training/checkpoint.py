@@ -134,6 +134,10 @@ class Checkpoints:
     def _written(self) -> list[Path]:
         if not self.directory.exists():
             return []
+        if not self.directory.is_dir():
+            raise PreconditionError(
+                "it is no directory", where=str(self.directory), remedy="give another for checkpoints"
+            )
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
 
     def _check(self, told: Mapping[str, Any], path: Path) -> None:

@@ -84,7 +84,9 @@ class History:
         if not self.losses:
             return "no step was made"
         curve = self.curve(20)
-        text = f"{self.steps} steps in {self.seconds:.0f} s, loss {curve[0][1]:.4g} → {curve[-1][1]:.4g}"
+        text = (
+            f"{self.steps} steps in {self.seconds:.0f} s{self._taken_up()}, loss {curve[0][1]:.4g} → {curve[-1][1]:.4g}"
+        )
         if self.metric and self.after is not None:
             before = f"{self.before:.4g} → " if self.before is not None else ""
             text += f", {self.metric} {before}{self.after:.4g}"
@@ -93,6 +95,12 @@ class History:
         if self.best_epoch is not None:
             text += f"; weights of epoch {self.best_epoch}"
         return text
+
+    def _taken_up(self) -> str:
+        if not self.resumed_at:
+            return ""
+        what = "all of them" if self.resumed_at == self.steps else f"the first {self.resumed_at}"
+        return f" ({what} taken from a checkpoint)"
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint; the losses are kept apart, as a tensor."""

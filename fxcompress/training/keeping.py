@@ -71,6 +71,8 @@ class Keeper:
         options, metric, history = self.options, self.run.metric, self.run.history
         if metric is None or not (options.keep_best or options.patience is not None):
             return
+        if math.isnan(metric):
+            raise self.diverged(f"{self.validation.name} is NaN after step {self.run.step}")
         better = math.isnan(self.best_metric) or (
             metric > self.best_metric if self.validation.higher else metric < self.best_metric
         )

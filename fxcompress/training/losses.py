@@ -38,7 +38,7 @@ def loss_of(loss: str | Loss, outputs: Any, batch: Batch) -> torch.Tensor:
     output, labels = main_output(outputs), labels_of(batch)
     if labels is None:
         raise PreconditionError(
-            f"the loss {loss!r} needs labels, and a batch has nothing beside the inputs",
+            f"the loss {loss!r} needs labels, and a batch has {_instead(batch)}",
             where="loss",
             remedy="give batches of (inputs, labels), or a function (outputs, batch) -> scalar",
         )
@@ -78,13 +78,30 @@ def main_output(outputs: Any) -> torch.Tensor:
 
 
 def labels_of(batch: Batch) -> torch.Tensor | None:
-    """What a batch holds beside the inputs: the tensor under ``labels`` or a name like it, else the first."""
+    """What a batch holds beside the inputs: in a dict the tensor under ``labels`` or a name like it, else the first.
+
+    A dict may hold much that is neither input nor label, a mask or a number of the sample.
+    """
+    whole, rest = batch.whole, batch.rest
+    named = whole if isinstance(whole, Mapping) else whole[0] if isinstance(whole, (tuple, list)) and whole else None
+    if not isinstance(named, Mapping):
+        return next((leaf for leaf in pytree.tree_leaves(rest) if isinstance(leaf, torch.Tensor)), None)
+    inside = list(named.values())
+    beside = [item for item in rest if not any(item is value for value in inside)]
+    found = next((leaf for leaf in pytree.tree_leaves(beside) if isinstance(leaf, torch.Tensor)), None)
+    if found is not None:
+        return found
+    labels = (named.get(name) for name in _LABELS)
+    return next((x for x in labels if isinstance(x, torch.Tensor) and any(x is item for item in rest)), None)
+
+
+def _instead(batch: Batch) -> str:
+    """What there is in place of labels."""
+    if not batch.rest:
+        return "nothing beside the inputs"
     if isinstance(batch.whole, Mapping):
-        for name in _LABELS:
-            found = batch.whole.get(name)
-            if isinstance(found, torch.Tensor) and any(found is item for item in batch.rest):
-                return found
-    return next((leaf for leaf in pytree.tree_leaves(batch.rest) if isinstance(leaf, torch.Tensor)), None)
+        return f"none under {', '.join(map(repr, _LABELS))}, only {', '.join(map(repr, batch.whole))}"
+    return "no tensor of them beside the inputs"
 
 
 def has_class_labels(output: torch.Tensor, labels: torch.Tensor | None) -> bool:

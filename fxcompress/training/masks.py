@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 
 from fxcompress.analysis.sparsity import masks
+from fxcompress.errors import PreconditionError
 from fxcompress.training.hooks import Hook, Run
 
 __all__ = ["GradualMasks", "HoldMasks", "cubic"]
+
+_CHOICES = 10  # of a ramp, at least
 
 
 class HoldMasks(Hook):
@@ -48,7 +52,7 @@ class GradualMasks(HoldMasks):
 
     Args:
         choose: the masks of a graph at a share of the way, in [0, 1]; more of the way keeps the zeros of less.
-        every: optimizer steps between two choices.
+        every: most optimizer steps between two choices; at least ten are made where the ramp has as many steps.
         begin: share of the run after which the first weights go.
         end: share after which no more go.
     """
@@ -60,13 +64,28 @@ class GradualMasks(HoldMasks):
     ) -> None:
         super().__init__()
         self._choose, self._every, self._begin, self._end = choose, every, begin, end
+        self._pace, self._last = every, 0
 
     def start(self, run: Run) -> None:
-        if run.step:  # it resumes: what was chosen last is zero in the checkpoint, and goes first
-            self._choose_at(run, run.step // self._every * self._every)
+        """Find the pace; a run that resumes is where it was.
+
+        Raises:
+            PreconditionError: nobody knows how long the run is.
+        """
+        if run.total is None:
+            raise PreconditionError(
+                "the data has no length, so that nobody knows when the zeros are to come",
+                where="training",
+                remedy="give the training steps=",
+            )
+        begin, self._last = self._begin * run.total, math.ceil(self._end * run.total)
+        self._pace = max(1, min(self._every, int((self._last - begin) / _CHOICES)))
+        if run.step:  # what was chosen last is zero in the checkpoint, and goes first
+            past = run.step >= self._last
+            self._choose_at(run, self._last if past else run.step // self._pace * self._pace)
 
     def after_step(self, run: Run) -> None:
-        if run.step % self._every == 0 or run.step == run.total:
+        if run.step == self._last or (run.step < self._last and run.step % self._pace == 0):
             self._choose_at(run, run.step)
         else:
             self._apply()

@@ -85,13 +85,18 @@ def _measured(metric: str | Metric, outputs: Any, batch: Batch, loss: str | Loss
     output, labels = main_output(outputs), labels_of(batch)
     if labels is None:
         raise PreconditionError(
-            f"the metric {metric!r} needs labels", where="validation", remedy="give batches of (inputs, labels)"
+            f"the metric {metric!r} needs labels",
+            where="validation",
+            remedy="give batches of (inputs, labels), or a metric (outputs, batch) -> mean of the batch",
         )
     if metric in ("accuracy", "top5"):
         logits = classes_last(output, labels)
-        if logits.shape[:-1] != labels.shape:
+        classes = not labels.is_floating_point() and logits.shape[-1] > 1
+        if logits.shape[:-1] != labels.shape or not classes:
             raise PreconditionError(
-                f"labels {list(labels.shape)} are no classes for outputs {list(output.shape)}", where="validation"
+                f"labels {labels.dtype} {list(labels.shape)} are no classes for outputs {list(output.shape)}",
+                where="validation",
+                remedy="name another metric, or give a function (outputs, batch) -> mean of the batch",
             )
         wanted = labels >= 0  # tokens that do not count are marked by -100
         best = logits.topk(min(5, logits.shape[-1]) if metric == "top5" else 1, dim=-1).indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -49,8 +50,14 @@ def make_optimizer(
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: Schedule, step: int) -> float:
-    """Give every group its learning rate for a step; returns that of the first."""
+    """Give every group its learning rate for a step; returns that of the first.
+
+    Raises:
+        PreconditionError: the schedule gives no number.
+    """
     share = factor(step)
+    if not math.isfinite(share):
+        raise PreconditionError(f"the schedule gives {share} at step {step + 1}", where="schedule")
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * share
     return float(optimizer.param_groups[0]["lr"])

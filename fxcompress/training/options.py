@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from fxcompress.training.losses import LOSSES, Loss
 from fxcompress.training.metrics import METRICS, Metric
 from fxcompress.training.schedules import SCHEDULES
 
-__all__ = ["TrainingOptions"]
+__all__ = ["TrainingOptions", "unread"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,24 @@ class TrainingOptions:
             raise OptionError("validation is a function, which leaves nothing to the metric", where="metric")
         if self.checkpoint_every is not None and self.checkpoint is None:
             raise OptionError("checkpoint_every needs a directory", where="checkpoint", remedy="give checkpoint=")
+        if self.metric is not None and self.validation is None:
+            raise OptionError("a metric needs data", where="metric", remedy="give validation=")
+        if self.optimizer != "sgd":
+            unread(self, "momentum", "is of optimizer='sgd'")
+        if self.schedule != "step":
+            for name in ("milestones", "gamma"):
+                unread(self, name, "is of schedule='step'")
+
+
+def unread(options: Any, name: str, why: str) -> None:
+    """Refuse an option that was given and that the others leave without effect.
+
+    Raises:
+        OptionError: it is not at its default.
+    """
+    default = next(item.default for item in fields(options) if item.name == name)
+    if getattr(options, name) != default:
+        raise OptionError(f"{name}={getattr(options, name)!r} would do nothing: it {why}", where=name)
 
 
 def _known(option: str, value: object, names: Iterable[str]) -> None:
@@ -114,8 +133,8 @@ def _known(option: str, value: object, names: Iterable[str]) -> None:
 
 
 def _above(option: str, value: float | None, limit: float) -> None:
-    if value is not None and not value > limit:
-        raise OptionError(f"{option}={value} is not above {limit:g}", where=option)
+    if value is not None and not (value > limit and math.isfinite(value)):
+        raise OptionError(f"{option}={value} is no number above {limit:g}", where=option)
 
 
 def _least(option: str, value: float | None, limit: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from fxcompress.errors import PreconditionError
+
 __all__ = ["SCHEDULES", "Schedule", "schedule"]
 
 Schedule = Callable[[int], float]
@@ -32,7 +34,16 @@ def schedule(
             ``one_cycle`` takes a share as that of its rise.
         milestones: of ``step``: shares of the run.
         gamma: of ``step``.
+
+    Raises:
+        PreconditionError: the run is over before the rate has risen.
     """
+    if total is not None and warmup >= 1 and warmup >= total:
+        raise PreconditionError(
+            f"warmup={warmup:g} steps are not less than the run's {total}",
+            where="warmup",
+            remedy="give a share, 0.1, or fewer steps",
+        )
     if name == "one_cycle":
         rise = warmup if warmup else _ONE_CYCLE_RISE
         rising = rise * (total or 1) if rise < 1 else rise

@@ -46,7 +46,7 @@ class Validation:
             if callable(validation):
                 modes = {module: module.training for module in self.graph_module.modules()}
                 try:
-                    return float(validation(self.graph_module.eval()))
+                    return _number(validation(self.graph_module.eval()))
                 finally:
                     for module, mode in modes.items():
                         module.training = mode
@@ -71,3 +71,14 @@ class Validation:
             )
         for index, batch in enumerate(islice(given, self.engine.process, None, self.engine.processes)):
             yield as_batch(self.graph_module, batch, f"batch {index} of the validation data", device=self.engine.device)
+
+
+def _number(found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PreconditionError(
+            f"the validation function gave a {type(found).__name__}, which is no number",
+            where="validation",
+            remedy="return the figure",
+        ) from error

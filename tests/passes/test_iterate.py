@@ -95,6 +95,16 @@ def test_a_round_that_loses_too_much_is_undone(model):
     assert "was undone" in told.note and len(told.steps) == 2
 
 
+def test_a_metric_that_is_no_number_is_a_loss_and_a_target_missed_is_said(model):
+    passes = [PruneChannels(ratio=0.25)]
+    found = iter([1.0, float("nan")])
+    undone = Iterate(passes, steps=2, validation=lambda _: next(found), better="higher", until={"drop": 0.5})
+    told = fxc.compile(model, [undone], (X,)).report.passes[0]
+    assert "lost too much" in told.note and [skip.code for skip in told.skipped][-1] == "no_round_kept"
+    missed = Iterate(passes, steps=1, until={"parameters": 0.01})
+    assert "the target was not reached" in fxc.compile(model, [missed], (X,)).report.passes[0].note
+
+
 def test_nothing_is_kept_where_the_first_round_loses_too_much(model):
     figures = iter([0.9, 0.1])
     rounds = Iterate(
@@ -143,6 +153,7 @@ def test_from_text(model):
         ({"passes": ["prune_chanels"]}, "did you mean 'prune_channels'"),
         ({"passes": [3]}, "is no pass"),
         ({"until": {"drop": 0.1}, "validation": lambda _: 1.0}, "which way"),
+        ({"metric": "top5"}, "nothing to measure on"),
     ],
 )
 def test_bad_options(options, message):

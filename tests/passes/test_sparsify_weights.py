@@ -1,5 +1,7 @@
 """Sparse weights: which go, what the pattern is, that they stay, and what is left alone."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -287,15 +289,36 @@ def test_zeros_that_nobody_asked_for_are_not_held():
 def test_zeros_come_while_training_runs(scope):
     seen = []
     training = FineTune(LOADER, epochs=5, lr=1e-2, callback=lambda run: seen.append(sparsity(run.graph_module).share))
-    sparse = SparsifyWeights(sparsity=0.9, scope=scope, training=training, every=5, end=0.75)
+    sparse = SparsifyWeights(sparsity=0.9, scope=scope, training=training, every=3, end=0.75)
     compiled = fxc.compile(perceptron(), [sparse], (INPUTS[:2],))
     assert seen == sorted(seen)
-    assert len(seen) == 40 and seen[3] == 0 and seen[19] == pytest.approx(0.9 * (1 - (1 - 20 / 30) ** 3), abs=5e-3)
+    assert len(seen) == 40 and seen[1] == 0 and seen[19] == pytest.approx(0.9 * (1 - (1 - 18 / 30) ** 3), abs=5e-3)
     assert seen[29] == seen[-1] == sparsity(compiled.module).share == pytest.approx(0.9, abs=2e-3)
     told = compiled.report.passes[0]
     assert {site.site for site in told.rewrites} == {"all", "0", "2"}
     assert set(sparse_weights(compiled.module)) == {"0.weight", "2.weight"}
     assert "40 steps" in told.note and "latency stays" in told.note
+
+
+def test_a_ramp_shorter_than_every_still_comes_step_by_step_and_ends_where_it_should():
+    seen = []
+    training = FineTune(LOADER, epochs=3, lr=1e-2, callback=lambda run: seen.append(sparsity(run.graph_module).share))
+    sparse = SparsifyWeights(sparsity=0.9, training=training, every=100, begin=0.1, end=0.8)
+    fxc.compile(perceptron(), [sparse], (INPUTS[:2],))
+    last = math.ceil(0.8 * 24)
+    assert seen[1] == 0 and len(set(seen[:last])) >= 10
+    assert seen[last - 2] < seen[last - 1] == seen[-1] == pytest.approx(0.9, abs=2e-3)
+
+
+def test_gradual_zeros_need_to_know_how_long_the_run_is():
+    class Endless:
+        def __iter__(self):
+            return iter(LOADER)
+
+    training = FineTune(Endless(), epochs=2, schedule="constant")
+    with pytest.raises(PreconditionError, match="no length") as caught:
+        fxc.compile(perceptron(), [SparsifyWeights(training=training)], (INPUTS[:2],))
+    assert "steps=" in caught.value.remedy
 
 
 def test_gradual_resumes_where_it_was(tmp_path):
@@ -329,6 +352,9 @@ def test_gradual_resumes_where_it_was(tmp_path):
         ({"training": FineTune(LOADER), "pattern": "2:4"}, "by magnitude"),
         ({"training": FineTune(LOADER), "every": 0}, "below 1"),
         ({"training": FineTune(LOADER), "begin": 0.8}, "no part of a training"),
+        ({"every": 3}, "while training runs"),
+        ({"end": 0.5}, "while training runs"),
+        ({"calibration": [INPUTS]}, "looks at no data"),
     ],
 )
 def test_bad_options_of_gradual_zeros(options, message):

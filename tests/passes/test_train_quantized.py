@@ -198,6 +198,10 @@ def test_needs_calibrated_stubs(model):
         ({"reestimate": -1}, "below 0"),
         ({"temperature": 0.0}, "not above 0"),
         ({"grids": "guessed"}, "not valid"),
+        ({"teacher": nn.Linear(2, 2)}, "no part in the loss"),
+        ({"temperature": 2.0}, "no part in the loss"),
+        ({"alpha": 0.5, "match": "mse", "temperature": 2.0}, "of match='soft_targets'"),
+        ({"ends": "same"}, "of weight_bits"),
     ],
 )
 def test_bad_options(options, message):

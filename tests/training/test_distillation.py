@@ -188,6 +188,8 @@ def distil(teacher: Any, **options: Any) -> fxc.Compiled:
         ({"features": {"relu": "4"}}, "do not correspond"),
         ({"alpha": 0.0}, "outside"),
         ({"temperature": 0.0}, "above 0"),
+        ({"match": "mse", "temperature": 2.0}, "of match='soft_targets'"),
+        ({"feature_weight": 2.0}, "of features"),
     ],
 )
 def test_bad_options(options: dict[str, Any], words: str) -> None:

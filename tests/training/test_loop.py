@@ -210,6 +210,35 @@ def test_dict_batches_and_other_losses() -> None:
     assert history.after == pytest.approx(0, abs=1e-3)
 
 
+def test_in_a_dict_only_what_is_named_so_is_a_label() -> None:
+    """A mask or the number of a sample would be learned without a word."""
+    model = nn.Linear(4, 3).eval()
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    with pytest.raises(PreconditionError, match=r"none under 'labels', .*only 'input', 'index', 'klass'"):
+        plain(model, [{"input": x, "index": torch.arange(8) % 3, "klass": y}], (x,))
+    named = plain(model, [{"input": x, "index": torch.arange(8) % 3, "label": y}], (x,))
+    beside = plain(model, [({"input": x, "index": torch.arange(8) % 3}, y)], (x,))
+    assert named.losses == beside.losses == plain(model, [(x, y)], (x,)).losses
+
+
+def test_accuracy_of_what_is_no_class_is_refused() -> None:
+    x = torch.randn(8, 4)
+    data = [(x, x.sum(1))]
+    with pytest.raises(PreconditionError, match="are no classes"):
+        plain(nn.Linear(4, 1).eval(), data, (x,), loss="mse", validation=data, metric="accuracy")
+
+
+def test_a_function_that_gives_no_number_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="NoneType, which is no number"):
+        runs.run(None, validation=lambda _: None, better="higher")
+    with pytest.raises(TrainingError, match="is NaN after step"):
+        runs.run(None, validation=lambda _: math.nan, better="higher")
+    with pytest.raises(PreconditionError, match="the schedule gives nan at step 1"):
+        runs.run(None, schedule=lambda _: math.nan, warmup=0.0)
+    with pytest.raises(PreconditionError, match="not less than the run's 20"):
+        runs.run(None, warmup=100)
+
+
 def test_callback_and_progress_are_told() -> None:
     steps: list[int] = []
     told: list[tuple[int, int, str]] = []
@@ -287,6 +316,10 @@ def test_generator_serves_for_one_reading() -> None:
         ({"patience": 2}, "validation"),
         ({"checkpoint_every": 5}, "checkpoint"),
         ({"precision": "int8"}, "precision"),
+        ({"epochs": math.inf}, "epochs"),
+        ({"metric": "accuracy"}, "needs data"),
+        ({"momentum": 0.5}, "of optimizer='sgd'"),
+        ({"gamma": 0.5}, "of schedule='step'"),
     ],
 )
 def test_options_that_will_not_do(options: dict[str, Any], words: str) -> None:
