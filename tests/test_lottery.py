@@ -99,7 +99,7 @@ def test_a_model_that_is_not_random_has_nothing_to_be_held_against():
 
 def test_a_model_without_weights_that_can_go_is_refused():
     with pytest.raises(PreconditionError, match="no weight of the model"):
-        fxc.lottery_ticket(lambda: nn.LayerNorm(X.shape[1]), FineTune(LOADER, validation=LOADER), X, rounds=1)
+        fxc.lottery_ticket(lambda: nn.LayerNorm(X[0].shape[1]), FineTune(LOADER, validation=LOADER), X, rounds=1)
 
 
 def test_rewinding_behind_the_end_is_refused():

@@ -108,8 +108,8 @@ def write(path: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
         notes=[
             "Accuracy in percent on the 10,000 test images. `one_shot`: global magnitude, nothing trained since; "
             "`sparsegpt`: the same share in every layer, other weights fitted on 1,024 unlabelled training images, "
-            f"nothing trained; `one_shot_trained`: global magnitude, then {options.epochs:g} epochs in {PRECISION}, zeros "
-            "held; `gradual`: the zeros come during these epochs, by a cubic ramp over three quarters of them.",
+            f"nothing trained; `one_shot_trained`: global magnitude, then {options.epochs:g} epochs in {PRECISION}, "
+            "zeros held; `gradual`: the zeros come during these epochs, by a cubic ramp over three quarters of them.",
             "`deflated_bytes`: of all parameters in float32, compressed. Zeros make no engine here faster. `seconds`: "
             "of the row, evaluation included, on a machine that others used too.",
         ],
