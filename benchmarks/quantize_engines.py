@@ -3,7 +3,8 @@
 Each model becomes three ONNX Runtime engines: ours in floating point, ours in 8 bits (`Quantize`, scheme
 `onnxruntime`), and what `onnxruntime.quantization.quantize_static` makes of the plain export of the same model on the
 same calibration data, at its best setting: pre-processed and optimized, Q/DQ, uint8 activations, int8 weights, one
-scale per channel. Building and timing are two commands, for only the second needs a machine at rest:
+scale per channel. Where the processor lacks VNNI both have 7-bit weights (`reduce_range`), for 8-bit ones overflow in
+its fast kernels. Building and timing are two commands, for only the second needs a machine at rest:
 
     python -m benchmarks.quantize_engines build --work /tmp/engines --model resnet18
     python -m benchmarks.quantize_engines time --work /tmp/engines --threads 2
@@ -75,15 +76,22 @@ def model_of(name: str) -> zoo.ZooModel:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
+def has_vnni() -> bool:
+    """Whether this x64 processor multiplies and adds bytes in 32 bits; others are taken to."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx2" not in told or "vnni" in told
+
+
 def build(name: str, work: Path) -> dict[str, Any]:
     """The three engines of one model under `work/name`; gives what is known of them without running them."""
+    bits = 8 if has_vnni() else 7
     entry = model_of(name)
     model, example, data = entry.build(), entry.inputs(2), [entry.inputs(batch) for batch in (4, 5)]
     folder = work / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    row: dict[str, Any] = {"model": name}
-    fuse, quantize = fxc.passes.FuseModules(), fxc.passes.Quantize(data)
+    row: dict[str, Any] = {"model": name, "weight_bits": bits}
+    fuse, quantize = fxc.passes.FuseModules(), fxc.passes.Quantize(data, weight_bits=bits)  # type: ignore[arg-type]
     for kind, passes in (("fp32", [fuse]), ("int8", [fuse, quantize])):
         # These weights let a rounding that falls the other way grow to the end, so the error is measured, not judged.
         compiled = fxc.compile(
@@ -106,7 +114,7 @@ def build(name: str, work: Path) -> dict[str, Any]:
     row["rounding_error"], row["engine_error"] = (max(found) for found in zip(*errors, strict=True))
     row["left"] = {reason: [site.site for site in sites] for reason, sites in report.integers.reasons().items()}
     try:
-        row |= build_peer(model, example, data, folder / "peer")
+        row |= build_peer(model, example, data, folder / "peer", bits)
     except Exception as error:  # noqa: BLE001  (the peer's failures are a result)
         row["peer"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     (folder / "row.json").write_text(json.dumps(row))
@@ -118,7 +126,7 @@ def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((torch.as_tensor(value) - reference).abs().max() / reference.abs().max())
 
 
-def build_peer(model: nn.Module, example: Any, data: Sequence[Any], folder: Path) -> dict[str, Any]:
+def build_peer(model: nn.Module, example: Any, data: Sequence[Any], folder: Path, bits: int) -> dict[str, Any]:
     """ONNX Runtime's quantizer on the plain export."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -155,6 +163,7 @@ def build_peer(model: nn.Module, example: Any, data: Sequence[Any], folder: Path
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         per_channel=True,
+        reduce_range=bits == 7,
     )
     plain.unlink()
     ready.unlink()
@@ -230,6 +239,7 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
                 )
     columns = [
         "model",
+        "weight_bits",
         "convolution",
         "linear",
         "matrix product",
@@ -255,7 +265,8 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
             "Milliseconds: medians of calls in turns at batch 1 and 8, the last figure of the column's name; the "
             "ratios are of these medians, below 1 is faster. `peer` is "
             "`quantize_static` on the plain export with uint8 activations and int8 weights per channel; its integer "
-            "operations are convolutions, products and additions together. Random weights, every layer enlivened "
+            "operations are convolutions, products and additions together. `weight_bits` is 7 for both where the "
+            "processor has no VNNI. Random weights, every layer enlivened "
             "(benchmarks/zoo.py)."
         ],
         facts=_results.machine_facts(threads),
