@@ -48,6 +48,7 @@ def trace(
     whole = decompositions is None
     table: Any = dict(decompositions or {})
     with mode, torch.no_grad(), no_guards(mode):
+        values = _distinct(values)
         recorded = make_fx(function, table, tracing_mode="symbolic", pre_dispatch=whole)(*values)
         if _first_write(recorded) is not None:
             recorded = make_fx(torch.func.functionalize(recorded), table, tracing_mode="symbolic")(*values)
@@ -58,6 +59,22 @@ def trace(
         for node in recorded.graph.nodes:
             node.target = OF_ANY_LAYOUT.get(node.target, node.target)
     return recorded
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    """The values, with a copy of each tensor for every time that it occurs again.
+
+    Two nodes may have one fake value between them, as two calls of one layer do. Tracing would take them for one
+    argument, and the second would be lost.
+    """
+    seen: set[int] = set()
+    made = []
+    for value in values:
+        if isinstance(value, torch.Tensor) and id(value) in seen:
+            value = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=value.device)
+        seen.add(id(value))
+        made.append(value)
+    return made
 
 
 def _first_write(recorded: fx.GraphModule) -> Any:

@@ -486,3 +486,24 @@ def test_what_onnxsim_says_before_it_fails_is_shown(
     file = write_onnx(capture(nn.Linear(4, 4).eval(), (torch.randn(2, 4),)), tmp_path / "model.onnx")
     assert "said in C++" in capfd.readouterr().err
     assert any("no such luck" in note for note in file.notes)
+
+
+def test_an_operation_that_is_taken_apart_keeps_its_operands_apart(tmp_path: Path) -> None:
+    """Equal shapes are traced once, whether one value was given twice or two nodes share a fake value."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Linear(4, 6)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> Any:
+            x, y = self.encoder(a), self.encoder(b)
+            return F.cosine_similarity(x, x), F.cosine_similarity(x, y), F.cosine_similarity(y, x + 1)
+
+    a, b = torch.randn(3, 4), torch.randn(3, 4)
+    model = Twins().eval()
+    passes = ["prune_channels(ratio=0.5)"]  # it sets the shapes of both calls of the layer at once
+    engine = fxc.compile(model, passes, (a, b), backend="onnxruntime", output=tmp_path / "b").engine
+    assert engine is not None and len(engine(a, b)) == 3
+    same, other, _ = engine(a, b)
+    assert (torch.as_tensor(same) > 0.999).all() and (torch.as_tensor(other) < 0.999).any()
