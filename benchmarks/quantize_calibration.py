@@ -116,8 +116,8 @@ def save(rows: list[Row], threads: int) -> None:
             "Milliseconds of processor time for each batch of a plain forward pass of the graph and of `Calibrate`, "
             f"and what `Calibrate` does once; medians over rounds, the ratio is the median of those of a round. "
             f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights.",
-            "`damage`, the default, collects what `mse` does and besides reads the first 32 samples there and back: its "
-            "rows are of batches among these, later ones cost what they do with `mse`.",
+            "`damage`, the default, collects what `mse` does and besides reads the first 32 samples there and back: "
+            "its rows are of batches among these, later ones cost what they do with `mse`.",
         ],
         facts=_results.machine_facts(threads),
     )

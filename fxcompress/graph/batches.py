@@ -14,7 +14,7 @@ from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import flat_inputs
 
-__all__ = ["Batch", "as_batch", "batches", "check_limit"]
+__all__ = ["Batch", "as_batch", "batches", "check_limit", "usable_device"]
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,19 @@ def _check(graph_module: fx.GraphModule, leaves: list[Any], where: str) -> None:
                 where=where,
                 remedy="give data like the example inputs",
             )
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, once a tensor was put there.
+
+    Raises:
+        OptionError: there is no such device, or this PyTorch cannot use it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA asserts
+        raise OptionError(
+            f"the device {str(device)!r} cannot be used here: {str(error).splitlines()[0]}",
+            where="device",
+            remedy="leave it out to stay where the weights are, or install a PyTorch that has it",
+        ) from error

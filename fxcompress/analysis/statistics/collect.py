@@ -15,7 +15,7 @@ from fxcompress.analysis.statistics.moments import CrossMoment
 from fxcompress.analysis.statistics.padding import real_positions, without_padding
 from fxcompress.analysis.statistics.patches import is_conv
 from fxcompress.errors import FxCompressError, OptionError, PreconditionError, nearest
-from fxcompress.graph.batches import batches
+from fxcompress.graph.batches import batches, usable_device
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.queries import module_of
 from fxcompress.graph.shapes import where
@@ -87,7 +87,7 @@ def collect(
     for name, value in (("limit", limit), ("samples", samples)):
         if value is not None and value < 1:
             raise OptionError(f"{name}={value} is below 1", where=name)
-    target = torch.device(device) if device is not None else _device(graph_module)
+    target = usable_device(device) if device is not None else _device(graph_module)
     if target is not None and _device(graph_module) != target:
         graph_module = _moved(graph_module, target)
         beside = None if beside is None else _moved(beside, target)

@@ -242,3 +242,10 @@ def test_padding_is_left_out_where_it_is_asked_for(form):
     with torch.no_grad():
         mean = graph_module.get_submodule("fc")(x[real]).double().mean(0)
     torch.testing.assert_close(without[node, Mean("output", dim=-1)], mean)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "nonsense"])
+def test_a_device_that_cannot_be_used_is_refused(device):
+    graph = capture(nn.Linear(3, 2).eval(), (torch.randn(2, 3),))
+    with pytest.raises(OptionError, match=device):
+        collect(graph, [torch.randn(2, 3)], {}, device=device)
