@@ -3,8 +3,10 @@
 Each model becomes three ONNX Runtime engines: ours in floating point, ours in 8 bits (`Quantize`, scheme
 `onnxruntime`), and what `onnxruntime.quantization.quantize_static` makes of the plain export of the same model on the
 same calibration data, at its best setting: pre-processed and optimized, Q/DQ, uint8 activations, int8 weights, one
-scale per channel. Where the processor lacks VNNI both have 7-bit weights (`reduce_range`), for 8-bit ones overflow in
-its fast kernels. Building and timing are two commands, for only the second needs a machine at rest:
+scale per channel. Ours asks for an engine that is not slower than the one in floating point (`min_speedup=1.0`), so
+that kinds of layers whose integers do not pay stay in floats; `chosen` tells. Where the processor lacks VNNI both have
+7-bit weights (`reduce_range`), for 8-bit ones overflow in its fast kernels. Building and timing are two
+commands, for only the second needs a machine at rest:
 
     python -m benchmarks.quantize_engines build --work /tmp/engines --model resnet18
     python -m benchmarks.quantize_engines time --work /tmp/engines --threads 2
@@ -91,7 +93,7 @@ def build(name: str, work: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     row: dict[str, Any] = {"model": name, "weight_bits": bits}
-    fuse, quantize = fxc.passes.FuseModules(), fxc.passes.Quantize(data, weight_bits=bits)  # type: ignore[arg-type]
+    fuse, quantize = fxc.passes.FuseModules(), _quantize(data, bits)
     for kind, passes in (("fp32", [fuse]), ("int8", [fuse, quantize])):
         # These weights let a rounding that falls the other way grow to the end, so the error is measured, not judged.
         compiled = fxc.compile(
@@ -100,11 +102,14 @@ def build(name: str, work: Path) -> dict[str, Any]:
         row[f"{kind}_mb"] = (folder / kind / "model.onnx").stat().st_size / 1e6
         weights = folder / kind / "model.onnx.data"
         row[f"{kind}_mb"] += weights.stat().st_size / 1e6 if weights.exists() else 0.0
+    told = compiled.report.passes[-1]
+    refused = next((skip.reason for skip in told.skipped if skip.site == "all"), None)
+    row["chosen"] = refused or told.note.rsplit("; ", 1)[-1]
     report = compiled.report.engine
-    assert report is not None and report.integers is not None
-    for kind_ in report.integers.kinds:
+    integers = report.integers if report is not None else None
+    for kind_ in integers.kinds if integers is not None else ():
         row[kind_.kind] = f"{kind_.integer}/{kind_.count}"
-    row["macs_percent"] = round(100 * (report.integers.macs_share or 0), 2)
+    row["macs_percent"] = round(100 * (integers.macs_share or 0), 2) if integers is not None else 0.0
     assert compiled.engine is not None
     with torch.no_grad():
         outputs = zip(
@@ -112,13 +117,18 @@ def build(name: str, work: Path) -> dict[str, Any]:
         )
         errors = [(_distance(rounded, plain), _distance(engine, rounded)) for plain, rounded, engine in outputs]
     row["rounding_error"], row["engine_error"] = (max(found) for found in zip(*errors, strict=True))
-    row["left"] = {reason: [site.site for site in sites] for reason, sites in report.integers.reasons().items()}
+    reasons = integers.reasons() if integers is not None else {}
+    row["left"] = {reason: [site.site for site in sites] for reason, sites in reasons.items()}
     try:
         row |= build_peer(model, example, data, folder / "peer", bits)
     except Exception as error:  # noqa: BLE001  (the peer's failures are a result)
         row["peer"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     (folder / "row.json").write_text(json.dumps(row))
     return row
+
+
+def _quantize(data: Sequence[Any], bits: Any) -> fxc.passes.Quantize:
+    return fxc.passes.Quantize(data, weight_bits=bits, min_speedup=1.0)
 
 
 def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -251,7 +261,7 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
     columns += ["fp32_mb", "int8_mb"]
     columns += [f"{kind}_ms_{batch}" for batch in BATCHES for kind in ENGINES]
     columns += [f"int8/{kind}_{batch}" for batch in BATCHES for kind in ("fp32", "peer")]
-    columns += ["peer_integer_ops", "peer"]
+    columns += ["peer_integer_ops", "peer", "chosen"]
     _results.write(
         RESULTS,
         title="Quantized engines of ONNX Runtime",
@@ -266,8 +276,8 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
             "ratios are of these medians, below 1 is faster. `peer` is "
             "`quantize_static` on the plain export with uint8 activations and int8 weights per channel; its integer "
             "operations are convolutions, products and additions together. `weight_bits` is 7 for both where the "
-            "processor has no VNNI. Random weights, every layer enlivened "
-            "(benchmarks/zoo.py)."
+            "processor has no VNNI. `chosen`: what was measured while compiling at batch 2, and which kinds of layers "
+            "stay in floating point for it. Random weights, every layer enlivened (benchmarks/zoo.py)."
         ],
         facts=_results.machine_facts(threads),
     )

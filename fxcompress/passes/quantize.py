@@ -26,6 +26,7 @@ from fxcompress.quantization.observers import check_observer
 from fxcompress.quantization.placement import Placement
 from fxcompress.quantization.repair import Repaired, repair, repairable
 from fxcompress.quantization.schemes import Scheme, scheme_of
+from fxcompress.quantization.speed import kinds_of, quickest
 
 __all__ = ["Quantize"]
 
@@ -59,8 +60,9 @@ class Quantize(Pass):
             is that of the damage which the rounding around each layer does to the outputs, to first order.
         metric: a figure of a graph, higher is better: accuracy on your validation data. Without one the drop is the
             relative error of the outputs on ``data``, ‖quantized − float‖ / ‖float‖.
-        min_speedup: leave the whole graph in floating point unless the engine of ``scheme`` gets this many times
-            faster, measured inside ``compile()`` on the example inputs; 1.0 asks for an engine that is not slower.
+        min_speedup: how many times faster the engine of ``scheme`` has to get, measured inside ``compile()`` on the
+            example inputs; 1.0 asks for one that is not slower. Where it is missed, kinds of layers (convolutions,
+            grouped, depthwise, linear) stay in floating point for which that is faster; if that is not enough, all.
     """
 
     name: ClassVar[str] = "quantize"
@@ -116,7 +118,7 @@ class Quantize(Pass):
         if not made.placement.layers:
             skip = Skip("all", "nothing_to_quantize", "no layer of this graph can be quantized")
             return PassResult(graph_module, (), (*_left(made.placement, {}), skip))
-        kept: dict[str, str] = {}
+        kept: dict[str, tuple[str, str]] = {}
         note = ""
         if self.max_drop is not None:
             kept, note, made = self._mixed(floating, made, data, context, known)
@@ -124,7 +126,11 @@ class Quantize(Pass):
             return PassResult(graph_module, (), tuple(_left(made.placement, kept)), note)
         if self.min_speedup is not None:
             before, after = self._milliseconds((graph_module, made.graph_module), context)
-            told_speed = f"{after:.3g} ms in integers, {before:.3g} ms in floating point"
+            told_speed = f"{after:.3g} ms in integers"
+            if before < self.min_speedup * after:
+                slow, told_speed, after, made = self._paced(floating, made, kept, data, context, known)
+                kept |= slow
+            told_speed += f", {before:.3g} ms in floating point"
             if before < self.min_speedup * after:
                 reason = f"it takes {told_speed}: {before / after:.2f} times faster, {self.min_speedup:g} was asked for"
                 skipped = (*_left(made.placement, kept), Skip("all", "not_faster", reason))
@@ -182,9 +188,40 @@ class Quantize(Pass):
         rounds = [[latency(graph, self.scheme) for graph in graphs] for _ in range(2)]
         return [min(found) for found in zip(*rounds, strict=True)]
 
+    def _paced(
+        self,
+        floating: fx.GraphModule,
+        whole: _Made,
+        kept: Mapping[str, tuple[str, str]],
+        data: Iterable[Any],
+        context: PassContext,
+        known: dict[Any, Any],
+    ) -> tuple[dict[str, tuple[str, str]], str, float, _Made]:
+        """Kinds of layers in floating point that make the engine faster: which and why, its latency, the result."""
+        kinds = kinds_of(floating, whole.placement.layers)
+        made: dict[tuple[str, ...], _Made] = {(): whole}
+
+        def measure(choices: Sequence[tuple[str, ...]]) -> list[float]:
+            for choice in choices:
+                if choice not in made:
+                    more = [path for kind in choice for path in kinds[kind]]
+                    made[choice] = self._made(floating, data, context, known, {*kept, *more})
+            return self._milliseconds([made[choice].graph_module for choice in choices], context)
+
+        best = quickest(list(kinds), measure)
+        told = f"{best.milliseconds:.3g} ms in integers"
+        if best.kinds:
+            told += f" but for {' and '.join(best.kinds)}"
+        slow = {
+            path: ("not_faster", f"the engine takes less time with its {kind} in floating point")
+            for kind in best.kinds
+            for path in kinds[kind]
+        }
+        return slow, told, best.milliseconds, made[best.kinds]
+
     def _mixed(
         self, floating: fx.GraphModule, whole: _Made, data: Iterable[Any], context: PassContext, known: dict[Any, Any]
-    ) -> tuple[dict[str, str], str, _Made]:
+    ) -> tuple[dict[str, tuple[str, str]], str, _Made]:
         """The fewest layers in floating point that keep the drop in bounds: why each, a note, and the result."""
         assert self.max_drop is not None
         metric = self.metric
@@ -213,8 +250,11 @@ class Quantize(Pass):
         if chosen.count not in made:
             made[chosen.count] = self._made(floating, data, context, known, ranking[: chosen.count])
         kept = {
-            path: f"rank {rank} of {len(ranking)} by damage: rounding around it alone moves the outputs by "
-            f"{100 * damage[path] ** 0.5:.2g}%"
+            path: (
+                "max_drop",
+                f"rank {rank} of {len(ranking)} by damage: rounding around it alone moves the outputs by "
+                f"{100 * damage[path] ** 0.5:.2g}%",
+            )
             for rank, path in enumerate(ranking[: chosen.count], 1)
         }
         note = f"{chosen.count} of {len(ranking)} layers stay in floating point: {what} is {chosen.drop:.3g}"
@@ -234,9 +274,9 @@ class _Made:
     repaired: Mapping[str, Repaired]
 
 
-def _left(placement: Placement, kept: Mapping[str, str]) -> Iterator[Skip]:
-    for path, (code, reason) in placement.left.items():
-        yield Skip(path, "max_drop", kept[path]) if path in kept else Skip(path, code, reason)
+def _left(placement: Placement, kept: Mapping[str, tuple[str, str]]) -> Iterator[Skip]:
+    for path, told in placement.left.items():
+        yield Skip(path, *kept.get(path, told))
 
 
 def _in_eval(graph_module: fx.GraphModule) -> fx.GraphModule:

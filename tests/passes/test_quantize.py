@@ -290,6 +290,55 @@ def test_integers_only_where_they_pay(fused, asked, changed):
     assert not stubs_of(result.graph_module) and torch.equal(result.graph_module(X), fused(X))
 
 
+class _Mixed(nn.Module):
+    """A dense, a grouped and a depthwise convolution, and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.depthwise(self.grouped(self.dense(x).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("gains", "floating", "asked"),
+    [
+        ({"grouped": 3.0}, ["grouped"], 1.0),
+        ({"grouped": 3.0, "depthwise": 1.0, "head": -1.0}, ["grouped", "depthwise"], 1.0),
+        ({"grouped": 0.5}, None, 1.0),  # better, and not enough
+        ({}, None, 1.0),
+    ],
+)
+def test_kinds_of_layers_that_are_faster_in_floating_point(gains, floating, asked):
+    """10 ms in floating point, 12 in integers, less what each layer gains by floats."""
+    graph = fxc.compile(_Mixed().eval(), [FuseModules()], (torch.randn(2, 3, 8, 8),)).module
+    layers = ["dense", "grouped", "depthwise", "head"]
+
+    def integers(graph):
+        return [path for path in layers if type(graph.get_submodule(path)).__name__.startswith("Quant")]
+
+    def latency(graph, backend):
+        if not stubs_of(graph):
+            return 10.0
+        return 12.0 - sum(gain for path, gain in gains.items() if path not in integers(graph))
+
+    context = PassContext(example_inputs=[torch.randn(2, 3, 8, 8)], latency=latency)
+    batches = [torch.randn(4, 3, 8, 8)]
+    result = Quantize(batches, min_speedup=asked).run(copy_graph(graph), context)
+    codes = {skip.site: skip.code for skip in result.skipped}
+    if floating is None:
+        assert codes["all"] == "not_faster" and not result.changed
+        return
+    assert integers(result.graph_module) == [path for path in layers if path not in floating]
+    assert {site for site, code in codes.items() if code == "not_faster"} == set(floating)
+    assert "ms in integers but for grouped convolutions" in result.note and "10 ms in floating point" in result.note
+
+
 def test_latency_needs_an_engine(fused):
     with pytest.raises(PreconditionError, match="only be measured inside compile"):
         Quantize(data(), min_speedup=1.0).run(copy_graph(fused), PassContext())
