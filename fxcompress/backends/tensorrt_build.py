@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
+
 from fxcompress.backends.signature import TensorSpec
+from fxcompress.backends.tensorrt_graph import layer_of
 from fxcompress.backends.tensorrt_library import Library, LogEntry
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import Profile
@@ -221,11 +224,14 @@ def _parse_error(
     problems, places = [], []
     for index in range(min(parser.num_errors, _SHOWN)):
         error = parser.get_error(index)
-        name = error.node_name() or origins.name_at(error.node())
-        op = error.node_operator()
-        problems.append(f"{op or 'the graph'}{f' {name!r}' if name else ''}: {_reason(error.desc(), op)}")
-        if name or op:
-            places.append(f"ONNX node {name!r} ({op}) of {origins.tell(name, op)}")
+        op = error.node_operator() or _operator_of(error.func())
+        names = [name for name in (error.node_name(), origins.name_at(error.node(), op)) if name][:1]
+        names = names or origins.named_after(op)[:_SHOWN]  # of some operators the parser does not say which node it is
+        named = " or ".join(map(repr, names))
+        problems.append(f"{op or 'the graph'}{f' {named}' if named else ''}: {_reason(error.desc(), op)}")
+        if op and not names:
+            places.append(f"ONNX node {op} of {origins.tell('', op)}")
+        places += [f"ONNX node {name!r} ({op}) of {origins.tell(name, op)}" for name in names]
     problems = problems or [entry.text for entry in entries if entry.is_error][:_SHOWN]
     more = parser.num_errors - _SHOWN
     return BackendError(
@@ -234,6 +240,15 @@ def _parse_error(
         where="; ".join(dict.fromkeys(places)) or None,
         remedy="write that layer with other operations, or leave it outside of the engine",
     )
+
+
+def _operator_of(function: str) -> str:
+    """The operator that a function of the parser is for: ``importScatterElements``."""
+    for prefix in ("import", "check"):
+        name = function.removeprefix(prefix)
+        if name != function and onnx.defs.has(name):
+            return name
+    return ""
 
 
 def _reason(text: str, op: str) -> str:
@@ -250,9 +265,18 @@ def _build_error(library: Library, entries: Sequence[LogEntry], origins: Origins
     if not said:  # what was left out may be the reason: a build for this machine's own GPU needs one
         said = list(dict.fromkeys(entry.text.strip() for entry in entries if entry.severity != "INFO"))
     names = list(dict.fromkeys(name for text in said if (name := origins.named_in(text))))
-    remedy = "simplify the layer that is named, or ask for fewer options; the builder's own words are above"
+    layer = "the layer that is named" if names else "the model"
+    remedy = f"simplify {layer}, or ask for fewer options; the builder's own words are above"
     if any("Turing" in text for text in said):
         remedy = "leave sm75 out of compute_capabilities, or use ConvertPrecision to float16"
+    elif settings.workspace_bytes is not None and any("workspace" in text for text in said):
+        remedy = f"raise workspace_bytes, now {settings.workspace_bytes}, or leave it out"
+    elif any("bf16" in text for text in said):
+        kept = "".join(f"{layer_of(name)!r}, " for name in names if layer_of(name))
+        keep = (
+            f", or keep {layer} in float32: ConvertPrecision(dtype='bfloat16', keep=({kept.rstrip()}))" if kept else ""
+        )
+        remedy = f"use float16{keep}"
     elif settings.refit or settings.strip_plan:
         remedy = "leave out refit and strip_plan: TensorRT for RTX needs a GPU to build with them, and one capability"
     told = f"ONNX node {', '.join(map(repr, names))} of {origins.tell_all(names)}" if names else None

@@ -9,16 +9,16 @@ Reference: https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-librar
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
+from onnx import TensorProto
 
+from fxcompress.backends.tensorrt_graph import Graph, attribute, layer_of, text
 from fxcompress.backends.tensorrt_operators import (
     CONTROL_FLOW,
     DATA_DEPENDENT,
@@ -26,13 +26,16 @@ from fxcompress.backends.tensorrt_operators import (
     INTEGER_QUANTIZATION,
     INTEGERS,
     KNOWN_TYPES,
+    NO_NUMBERS,
     QDQ,
     QUANTIZED,
+    QUANTIZING,
+    SCATTERS,
     UNSUPPORTED,
 )
 from fxcompress.errors import BackendError
 
-__all__ = ["Finding", "check_onnx", "layer_of"]
+__all__ = ["Finding", "check_onnx"]
 
 _MOST_DIMS = 8
 _TENSORRT_SCHEME = "quantize with Quantize(scheme='tensorrt'): int8, symmetric, biases left in float"
@@ -65,11 +68,6 @@ class Finding:
         return f"{place}{f' of layer {self.layer!r}' if self.layer else ''}: {self.problem}; {self.remedy}"
 
 
-def layer_of(node_name: str) -> str:
-    """The PyTorch layer in a node's name, as :mod:`fxcompress.backends.onnx_cleanup` gives them."""
-    return node_name.rpartition("/")[0]
-
-
 def check_onnx(path: str | Path) -> list[Finding]:
     """Read an ONNX file against TensorRT's rules. Needs no TensorRT; weights are not read.
 
@@ -90,69 +88,13 @@ def check_onnx(path: str | Path) -> list[Finding]:
     except Exception as error:  # protobuf's DecodeError is of no public class
         raise BackendError("this is no ONNX file", where=str(path)) from error
     if not model.graph.value_info:
-        model = onnx.shape_inference.infer_shapes(model)
-    graph = _Graph(model, path.parent)
+        with contextlib.suppress(onnx.shape_inference.InferenceError):  # fewer types are known, and fewer rules apply
+            model = onnx.shape_inference.infer_shapes(model)
+    graph = Graph(model, path.parent)
     return [*_check_ends(graph), *_check_nodes(graph)]
 
 
-class _Graph:
-    """Types and small constants of a model, those of the graphs inside it included."""
-
-    def __init__(self, model: onnx.ModelProto, directory: Path) -> None:
-        self.model, self.directory = model, directory
-        self.ends = {value.name for value in (*model.graph.input, *model.graph.output)}
-        self.nodes: list[onnx.NodeProto] = []
-        self.near: dict[str, list[str]] = {}
-        self.named: Counter[str] = Counter()
-        self.types: dict[str, int] = {}
-        self.constants: dict[str, TensorProto] = {}
-        self._take(model.graph)
-
-    def _take(self, graph: onnx.GraphProto) -> None:
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            self.types[value.name] = value.type.tensor_type.elem_type
-        for tensor in graph.initializer:
-            self.types[tensor.name], self.constants[tensor.name] = tensor.data_type, tensor
-        for node in graph.node:
-            self.nodes.append(node)
-            self.named[node.name] += 1
-            for name in (*node.input, *node.output):
-                if layer_of(node.name):
-                    self.near.setdefault(name, []).append(layer_of(node.name))
-            for attribute in node.attribute:
-                if node.op_type == "Constant" and attribute.name == "value":
-                    self.types[node.output[0]], self.constants[node.output[0]] = attribute.t.data_type, attribute.t
-                for inner in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                    self._take(inner)
-
-    def type_of(self, node: onnx.NodeProto, index: int) -> int:
-        """The type of an input of a node, 0 if it is absent or unknown."""
-        return self.types.get(node.input[index], 0) if index < len(node.input) else 0
-
-    def layer(self, node: onnx.NodeProto) -> str:
-        """The PyTorch layer of a node; of quantization under another name, that of a neighbour, what reads it first."""
-        if layer_of(node.name) or node.op_type not in QDQ:
-            return layer_of(node.name)
-        return next((layer for name in (*node.output, *node.input[:1]) for layer in self.near.get(name, ())), "")
-
-    def constant(self, node: onnx.NodeProto, index: int) -> np.ndarray | None:
-        """The value of an input of a node; None if it is absent or no constant."""
-        tensor = self.constants.get(node.input[index]) if index < len(node.input) else None
-        if tensor is None:
-            return None
-        if tensor.data_location == TensorProto.EXTERNAL:
-            copied = TensorProto()
-            copied.CopyFrom(tensor)
-            load_external_data_for_tensor(copied, str(self.directory))
-            tensor = copied
-        return numpy_helper.to_array(tensor)
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
-def _check_ends(graph: _Graph) -> Iterator[Finding]:
+def _check_ends(graph: Graph) -> Iterator[Finding]:
     constants = graph.constants.keys()
     for what, values in (("input", graph.model.graph.input), ("output", graph.model.graph.output)):
         for value in values:
@@ -168,20 +110,22 @@ def _check_ends(graph: _Graph) -> Iterator[Finding]:
             if rank > _MOST_DIMS:
                 yield _end("rank", value.name, f"the {what} has {rank} dims, TensorRT takes 8", "flatten some of them")
     for name, tensor in graph.constants.items():
-        yield from _check_type(name, tensor.data_type, "the weight")
+        if not graph.readers.get(name, set()) or graph.readers[name] - QDQ:  # of quantization the nodes are told
+            yield from _check_type(name, tensor.data_type, "the weight")
 
 
 def _check_type(name: str, kind: int, what: str) -> Iterator[Finding]:
     if kind == TensorProto.DOUBLE:
         yield _end("float64", name, f"{what} is float64, which TensorRT computes as float32", _TO_FLOAT)
     elif kind and kind not in KNOWN_TYPES:
-        yield _end("type", name, f"{what} is {_type_name(kind)}, which TensorRT lacks", "cast it to int32 in the model")
+        remedy = "make numbers of it outside of the engine" if kind in NO_NUMBERS else "cast it to int32 in the model"
+        yield _end("type", name, f"{what} is {_type_name(kind)}, which TensorRT lacks", remedy)
 
 
 _TO_FLOAT = "convert the model with model.float() before it is compiled"
 
 
-def _check_nodes(graph: _Graph) -> Iterator[Finding]:
+def _check_nodes(graph: Graph) -> Iterator[Finding]:
     checked: set[str] = set()
     for node in graph.nodes:
         for rule in _RULES:
@@ -198,38 +142,55 @@ def _check_nodes(graph: _Graph) -> Iterator[Finding]:
 _Told = Iterator[tuple[str, str, str, bool]]
 
 
-def _operator(graph: _Graph, node: onnx.NodeProto) -> _Told:
+def _operator(graph: Graph, node: onnx.NodeProto) -> _Told:
     op = node.op_type
-    if op == "MatMulNBits" and graph.type_of(node, 0) == TensorProto.FLOAT:
+    if op == "MatMulNBits":
         problem = "TensorRT takes blocks of integers in another form, without zero points and in whole blocks"
-        remedy = (
-            "use quantize_weights(bits=4) with a block size that divides the inputs, or leave the layer out (ignore)"
-        )
-        yield "block_weights", problem, remedy, True
+        yield "block_weights", problem, _block_remedy(node), True
     elif node.domain not in ("", "ai.onnx", "trt", "com.microsoft"):
         yield "custom_op", f"{node.domain}::{op} needs a plugin", "write it with operators of ONNX", True
     elif op in INTEGER_QUANTIZATION:
         yield "integer_op", "TensorRT takes QuantizeLinear and DequantizeLinear only", _TENSORRT_SCHEME, True
     elif op in DATA_DEPENDENT:
         problem = "the size of its output depends on the data"
-        yield "data_dependent", problem, "do this step outside of the engine, or use a mask of fixed size", True
+        yield "data_dependent", problem, _OUTSIDE, True
+    elif id(node) in graph.sizes:
+        source, refused = graph.sizes[id(node)]
+        problem = f"the size of its output depends on the values of {source!r}"
+        remedy = "make that input a plain number when the model is captured" if refused else _OUTSIDE
+        yield "data_dependent", problem, remedy, refused
     elif op in UNSUPPORTED:
         yield "unsupported_op", "TensorRT has no such operator", "write that step with other operators", True
     elif op in CONTROL_FLOW:
         yield "control_flow", "it runs as control flow, which nothing is fused across", "unroll it if it is hot", False
+        if op == "Loop" and not node.input[1]:
+            yield "loop_condition", "TensorRT's parser wants a condition", "give the loop one that is always true", True
 
 
-def _attributes(graph: _Graph, node: onnx.NodeProto) -> _Told:
-    if node.op_type == "Resize" and _attribute(node, "antialias", 0):
+_OUTSIDE = "do this step outside of the engine, or use a mask of fixed size"
+
+
+def _block_remedy(node: onnx.NodeProto) -> str:
+    inner, bits = attribute(node, "K", 0), attribute(node, "bits", 4)
+    if inner % attribute(node, "block_size", 32):
+        return f"give quantize_weights a block_size that divides the layer's {inner} inputs, or leave it out (ignore)"
+    return f"use quantize_weights(bits={bits}, symmetric=True), or leave the layer out (ignore)"
+
+
+def _attributes(graph: Graph, node: onnx.NodeProto) -> _Told:
+    if node.op_type == "Resize" and attribute(node, "antialias", 0):
         yield "antialias", "TensorRT resizes without antialiasing only", "use antialias=False", True
     elif node.op_type == "MaxPool" and len([name for name in node.output if name]) > 1:
         yield "pool_indices", "TensorRT gives no indices of a maximum", "pool without return_indices", True
+    elif node.op_type in SCATTERS and text(node, "reduction") not in ("", "none"):
+        problem = f"TensorRT scatters without reduction only, not with {text(node, 'reduction')!r}"
+        yield "scatter_reduction", problem, "write it as a product with a one-hot matrix", True
 
 
-def _types(graph: _Graph, node: onnx.NodeProto) -> _Told:
+def _types(graph: Graph, node: onnx.NodeProto) -> _Told:
     made = {graph.types.get(name, 0) for name in node.output}
     if node.op_type == "Cast":
-        made.add(_attribute(node, "to", 0))
+        made.add(attribute(node, "to", 0))
     if TensorProto.DOUBLE in made and graph.ends.isdisjoint(node.output):
         yield "float64", "it computes in float64, which TensorRT takes for float32", _TO_FLOAT, True
     unknown = [kind for kind in made if kind and kind not in KNOWN_TYPES and kind != TensorProto.DOUBLE]
@@ -245,21 +206,21 @@ def _types(graph: _Graph, node: onnx.NodeProto) -> _Told:
             "cast its inputs to float32",
             True,
         )
-    if node.op_type not in QDQ | {"Identity", "Cast", "Gather", "Reshape", "Transpose"}:
+    if node.op_type not in QUANTIZING | {"Identity", "Cast", "Gather", "Reshape", "Transpose"}:
         for index, name in enumerate(node.input):
             if graph.type_of(node, index) == TensorProto.INT8 and name in graph.constants:
                 told = "an int8 constant may only go to DequantizeLinear"
                 yield "int8_constant", told, "store it as int32", True
 
 
-def _quantization(graph: _Graph, node: onnx.NodeProto) -> _Told:
+def _quantization(graph: Graph, node: onnx.NodeProto) -> _Told:
     if node.op_type not in QDQ:
         return
     if node.name and graph.named[node.name] > 1:
         yield "duplicate_name", "several nodes have this name, which TensorRT refuses", "name each differently", True
     quantizes = node.op_type == "QuantizeLinear"
     default = TensorProto.UINT8 if quantizes else 0
-    kind = graph.type_of(node, 2) or _attribute(node, "output_dtype", 0) or (default or graph.type_of(node, 0))
+    kind = graph.type_of(node, 2) or attribute(node, "output_dtype", 0) or (default or graph.type_of(node, 0))
     if not quantizes and graph.type_of(node, 0) == TensorProto.INT32:
         problem = "it dequantizes int32, as of a bias, and TensorRT takes int8, int4 and fp8 only"
         yield "integer_bias", problem, f"leave biases in float: {_TENSORRT_SCHEME}", True
@@ -274,7 +235,7 @@ def _quantization(graph: _Graph, node: onnx.NodeProto) -> _Told:
         yield "scale", "scales must be positive", "calibrate with data on which the tensor is not constantly 0", True
 
 
-_RULES: tuple[Callable[[_Graph, onnx.NodeProto], _Told], ...] = (_operator, _attributes, _types, _quantization)
+_RULES: tuple[Callable[[Graph, onnx.NodeProto], _Told], ...] = (_operator, _attributes, _types, _quantization)
 
 
 def _end(code: str, name: str, problem: str, remedy: str) -> Finding:

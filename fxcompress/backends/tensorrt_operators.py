@@ -11,8 +11,11 @@ __all__ = [
     "INTEGERS",
     "INTEGER_QUANTIZATION",
     "KNOWN_TYPES",
+    "NO_NUMBERS",
     "QDQ",
     "QUANTIZED",
+    "QUANTIZING",
+    "SCATTERS",
     "UNSUPPORTED",
 ]
 
@@ -69,6 +72,8 @@ UNSUPPORTED = frozenset(
 )
 INTEGER_QUANTIZATION = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear"}
 QDQ = {"QuantizeLinear", "DequantizeLinear"}
+QUANTIZING = QDQ | INTEGER_QUANTIZATION
+SCATTERS = {"Scatter", "ScatterElements", "ScatterND"}
 DATA_DEPENDENT = {"NonZero", "NonMaxSuppression", "Unique", "Compress"}
 CONTROL_FLOW = {"If", "Loop", "Scan"}
 FLOATS_ONLY = {"MatMul", "Gemm", "Einsum", "Relu", "Softmax"}
@@ -83,4 +88,5 @@ KNOWN_TYPES = {
     TensorProto.BOOL,
     TensorProto.UINT8,
 }
+NO_NUMBERS = {TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128}
 INTEGERS = {TensorProto.INT8, TensorProto.INT32, TensorProto.INT64}

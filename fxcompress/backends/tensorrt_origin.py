@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from fxcompress.backends.tensorrt_check import layer_of
+from fxcompress.backends.tensorrt_graph import layer_of
 from fxcompress.graph.shapes import source_line
 
 __all__ = ["Origins"]
@@ -31,9 +31,17 @@ class Origins:
             elif node.op == "call_function":
                 self._nodes.setdefault(_scope(node), []).append(node)
 
-    def name_at(self, index: int) -> str:
-        """The name of the ONNX node at ``index``; empty if there is none."""
-        return self._names[index] if 0 <= index < len(self._names) else ""
+    def name_at(self, index: int, op: str) -> str:
+        """The name of the ONNX node at ``index``; empty if there is none, or one of another operator.
+
+        Of a node inside a loop or a branch the parser tells the index there.
+        """
+        name = self._names[index] if 0 <= index < len(self._names) else ""
+        return name if _op_of(name) == op else ""
+
+    def named_after(self, op: str) -> list[str]:
+        """The names of all ONNX nodes of an operator."""
+        return [name for name in self._names if op and _op_of(name) == op]
 
     def named_in(self, text: str) -> str:
         """The longest name of an ONNX node that ``text`` has in it; empty if it has none."""
@@ -65,6 +73,11 @@ class Origins:
             return type(self._graph_module.get_submodule(layer)).__name__
         except AttributeError:
             return ""  # a module that only held others, or a function under its name
+
+
+def _op_of(name: str) -> str:
+    """The operator in a node's name: ``layer1/Conv_2``."""
+    return re.sub(r"_\d+$", "", name.rpartition("/")[2])
 
 
 def _scope(node: fx.Node) -> str:

@@ -34,13 +34,17 @@ def spread_block_weights(path: Path) -> int:
     data = path.with_name(f"{path.name}.data")
     model = onnx.load(path)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    # What is only another shape of a weight, which simplifiers fold, but not for bfloat16.
+    views = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Reshape" and n.input[0] in tensors}
     nodes: list[onnx.NodeProto] = []
     done = 0
     for node in model.graph.node:
-        made = _spread(node, tensors) if node.op_type == "MatMulNBits" else None
+        made = _spread(node, tensors, views) if node.op_type == "MatMulNBits" else None
         nodes += made or [node]
         done += made is not None
     if done:
+        used = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
+        nodes = [node for node in nodes if node.output[0] in used or node.output[0] not in views]
         read = {name for node in nodes for name in node.input} | {value.name for value in model.graph.output}
         del model.graph.node[:], model.graph.initializer[:]
         model.graph.node.extend(nodes)
@@ -54,11 +58,14 @@ def spread_block_weights(path: Path) -> int:
     return done
 
 
-def _spread(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto] | None:
+def _spread(
+    node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto], views: dict[str, str]
+) -> list[onnx.NodeProto] | None:
     told = {attribute.name: attribute.i for attribute in node.attribute}
     inner, outer, bits, block = told["K"], told["N"], told.get("bits", 4), told["block_size"]
     names = [*node.input, "", "", "", ""][:6]
     x, weight, scale, zero, order, bias = names
+    scale, zero = (views.get(name, name) for name in (scale, zero))
     if order or inner % block or weight not in tensors or scale not in tensors:
         return None
     blocks = inner // block

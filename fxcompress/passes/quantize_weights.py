@@ -36,6 +36,8 @@ class QuantizeWeights(Pass):
     Attributes:
         bits: 4 or 8.
         block_size: inputs that share a scale: a power of two, 16 or more.
+        symmetric: every block is as wide on both sides of 0, so that it needs no zero point. TensorRT stores no zero
+            points: of 8-bit weights it takes only these, and 4-bit weights with zero points are int8 there.
         algorithm: ``rtn`` rounds to nearest; ``gptq`` keeps the layer's output on ``calibration`` data; ``awq`` scales
             inputs by how large they are there, and rounds to nearest.
         calibration: batches for ``gptq`` and ``awq``: what the model takes, or that and labels.
@@ -47,6 +49,7 @@ class QuantizeWeights(Pass):
     numerics: ClassVar[Numerics] = Numerics.LOSSY
     bits: Literal[4, 8] = 4
     block_size: int = 32
+    symmetric: bool = False
     algorithm: Literal["rtn", "gptq", "awq"] = "rtn"
     calibration: Iterable[Any] | None = None
     batches: int | None = None
@@ -74,9 +77,9 @@ class QuantizeWeights(Pass):
                 layer: Any = graph_module.get_submodule(path)
                 weight = layer.weight.detach()
                 if moment is None:
-                    rounded = round_to_nearest(weight, self.bits, self.block_size)
+                    rounded = self._nearest(weight)
                 else:
-                    rounded = gptq(weight, moment.to(weight.device), self.bits, self.block_size)
+                    rounded = gptq(weight, moment.to(weight.device), self.bits, self.block_size, self.symmetric)
                 made = BlockLinear.of(layer, *rounded, self.bits)
                 editor.set_module(path, made, reshaped=False)
                 detail = _detail(made, weight, rounded, moment) | scaled.get(path, {})
@@ -84,6 +87,9 @@ class QuantizeWeights(Pass):
         if not rewrites:
             skipped.append(Skip("all", "nothing_to_quantize", "no linear layer of this graph can be quantized"))
         return PassResult(graph_module, tuple(rewrites), tuple(skipped))
+
+    def _nearest(self, weight: torch.Tensor) -> Rounded:
+        return round_to_nearest(weight, self.bits, self.block_size, self.symmetric)
 
     def _scale(
         self, graph_module: fx.GraphModule, sites: dict[str, list[str]], context: PassContext
@@ -100,7 +106,7 @@ class QuantizeWeights(Pass):
         told: dict[str, dict[str, Any]] = {}
 
         def rounding(weight: torch.Tensor) -> torch.Tensor:
-            return stored_values(round_to_nearest(weight, self.bits, self.block_size), weight.shape[1])
+            return stored_values(self._nearest(weight), weight.shape[1])
 
         for site in aware:
             weights, seen = {}, {}

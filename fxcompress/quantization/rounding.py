@@ -20,9 +20,16 @@ def _blocks(weight: torch.Tensor, block: int) -> torch.Tensor:
     return torch.nn.functional.pad(weight, (0, rest)).unflatten(1, (-1, block))
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int, block: int) -> Rounded:
-    """Each block ``[block]`` of a row of ``weight [out, in]`` on an affine grid over its own range."""
-    kind = QuantType(bits, signed=False, symmetric=False)
+def round_to_nearest(weight: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> Rounded:
+    """Each block ``[block]`` of a row of ``weight [out, in]`` on a grid over its own range.
+
+    Args:
+        weight: ``[out, in]``.
+        bits: of the integers.
+        block: inputs that share a scale.
+        symmetric: the middle integer stands for 0 in every block; otherwise whichever makes the steps smallest does.
+    """
+    kind = QuantType(bits, signed=False, symmetric=symmetric)
     parted = _blocks(weight.float(), block)
     scale, zero = parameters_of_range(parted.amin(2), parted.amax(2), kind)
     integers = (parted / scale[..., None] + zero[..., None]).round().clamp(0, kind.maximum).to(torch.int32)
@@ -35,7 +42,7 @@ def stored_values(rounded: Rounded, features: int) -> torch.Tensor:
     return ((integers - zero[..., None]) * scale[..., None]).flatten(1)[:, :features]
 
 
-def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, block: int) -> Rounded:
+def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, block: int, symmetric: bool = False) -> Rounded:
     """Rounding that keeps the layer's output on data (Frantar et al. 2023).
 
     Inputs are rounded in their order; the error of each is made up for by those not rounded yet, as the second moment
@@ -47,8 +54,9 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, bits: int, block: int) -> R
         moment: H, ``[in, in]``.
         bits: of the integers.
         block: inputs that share a scale.
+        symmetric: as of :func:`round_to_nearest`.
     """
-    kind = QuantType(bits, signed=False, symmetric=False)
+    kind = QuantType(bits, signed=False, symmetric=symmetric)
     rest = weight.double().clone()
     hessian = moment.double().clone()
     dead = hessian.diagonal() <= 0

@@ -18,7 +18,8 @@ from torch import nn
 from fxcompress.backends.onnx_export import write_onnx
 from fxcompress.backends.signature import TensorSpec
 from fxcompress.backends.tensorrt_build import Settings, build_plan
-from fxcompress.backends.tensorrt_check import check_onnx, layer_of
+from fxcompress.backends.tensorrt_check import check_onnx
+from fxcompress.backends.tensorrt_graph import layer_of
 from fxcompress.backends.tensorrt_library import find_library
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import settle_profiles
@@ -29,7 +30,7 @@ from tests.support import randomize
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
 
 Shape = list[int | str]
-DTYPES = {T.FLOAT: "float32", T.INT8: "int8", T.INT64: "int64", T.INT32: "int32"}
+DTYPES = {T.FLOAT: "float32", T.FLOAT16: "float16", T.INT8: "int8", T.INT64: "int64", T.INT32: "int32"}
 
 
 def value(name: str, kind: int = T.FLOAT, shape: Shape | None = None) -> onnx.ValueInfoProto:
@@ -60,6 +61,27 @@ def quantized(zero: Any, scale: float = 0.1) -> onnx.ModelProto:
 
 SQUARE, PICTURE = value("x", T.FLOAT, ["batch", 4, 4]), value("x", T.FLOAT, ["batch", 3, 8, 8])
 ONES = np.ones((4, 4), np.float32)
+
+
+def counted(condition: str) -> onnx.NodeProto:
+    """Three times twice as much, under a condition or none."""
+    ends = [helper.make_tensor_value_info(name, T.FLOAT, ["batch", 4]) for name in ("v", "w")]
+    flags = [helper.make_tensor_value_info(name, T.BOOL, []) for name in ("go", "on")]
+    index = helper.make_tensor_value_info("i", T.INT64, [])
+    inner = [helper.make_node("Identity", ["go"], ["on"], "inner/Identity")]
+    inner += [helper.make_node("Add", ["v", "v"], ["w"], "inner/Add")]
+    body = helper.make_graph(inner, "body", [index, flags[0], ends[0]], [flags[1], ends[1]])
+    return node("Loop", f"n {condition} x", "y", body=body)
+
+
+def sized(op: str, size: str) -> list[onnx.NodeProto]:
+    """Nodes of which the last one makes as many as an input says."""
+    if op == "Expand":
+        return [node("Expand", f"s {size}", "y")]
+    return [node("Squeeze", size, "s1"), node("Range", "a s1 b", "y")]
+
+
+COUNT = value("x", T.INT64, [1])
 
 # What breaks a rule: its code, the model, and whether the parser (or builder) refuses it too. It does not where it
 # takes something for something else.
@@ -138,6 +160,53 @@ BROKEN: dict[str, tuple[str, onnx.ModelProto, bool]] = {
     "indices of a pooling": (
         "pool_indices",
         model([node("MaxPool", "x", "y i", kernel_shape=[2, 2])], PICTURE, value("y", shape=["batch", 3, 7, 7])),
+        True,
+    ),
+    "scattering with a sum": (
+        "scatter_reduction",
+        model([node("ScatterElements", "x i x", "y", reduction="add")], i=np.zeros((1, 4), np.int64)),
+        True,
+    ),
+    "scattering slices with a sum": (
+        "scatter_reduction",
+        model(
+            [node("ScatterND", "x i u", "y", reduction="max")], i=np.zeros((1, 1), np.int64), u=np.ones((1, 4), "f4")
+        ),
+        True,
+    ),
+    "a loop without a condition": ("loop_condition", model([counted("_")], n=np.array(3)), True),
+    "a size that is an input": (
+        "data_dependent",
+        model(sized("Range", "x"), COUNT, value("y", T.INT64, ["n"]), a=np.array(0), b=np.array(1)),
+        True,
+    ),
+    "a size computed from an input": (
+        "data_dependent",
+        model([node("Add", "x x", "two"), *sized("Expand", "two")], COUNT, value("y", shape=["n"]), s=np.ones(1, "f4")),
+        True,
+    ),
+    "blocks of 8 bits with zero points": (
+        "block_weights",
+        model(
+            [
+                helper.make_node(
+                    "MatMulNBits",
+                    ["x", "w", "s"],
+                    ["y"],
+                    "layer/MatMulNBits",
+                    "",
+                    "com.microsoft",
+                    K=32,
+                    N=4,
+                    bits=8,
+                    block_size=32,
+                )
+            ],
+            value("x", T.FLOAT16, ["batch", 32]),
+            value("y", T.FLOAT16),
+            w=np.zeros((4, 1, 32), np.uint8),
+            s=np.ones(4, np.float16),
+        ),
         True,
     ),
     "quantization under one name": (
@@ -296,6 +365,53 @@ def test_the_parser_refuses_models_quantized_by_onnxruntime(
     with pytest.raises(BackendError, match="input has type Int32 but must have type") as caught:
         build(quantized_by_onnxruntime(symmetric))
     assert "bias_DequantizeLinear" in str(caught.value.where)
+
+
+def test_findings_of_quantization_are_told_once_with_the_layer(
+    quantized_by_onnxruntime: Callable[[bool], Path], tmp_path: Path
+) -> None:
+    """The input's own quantization belongs to the layer that reads it, and a zero point is told by its node alone."""
+    found = check_onnx(quantized_by_onnxruntime(False))
+    (first,) = [finding for finding in found if finding.node == "input_QuantizeLinear" and finding.code == "zero_point"]
+    assert first.layer == "0"
+    assert all(finding.op for finding in found)
+    tools = pytest.importorskip("onnxruntime.quantization")
+    tools.quantize_dynamic(tmp_path / "plain.onnx", tmp_path / "dynamic.onnx")
+    found = check_onnx(tmp_path / "dynamic.onnx")
+    assert {finding.code for finding in found} == {"integer_op"} and {finding.layer for finding in found} == {"0", "4"}
+    assert all("scheme='tensorrt'" in finding.remedy for finding in found)
+
+
+def test_sizes_that_come_from_computed_data_are_told_but_not_refused(tmp_path: Path) -> None:
+    """TensorRT builds them; how large the output is, nobody knows before it has run."""
+    nodes = [node("ReduceMax", "x", "m", keepdims=0), node("Cast", "m", "n", to=T.INT64), node("Range", "a n b", "y")]
+    made = model(nodes, None, value("y", T.INT64, ["n"]), a=np.array(0), b=np.array(1))
+    (finding,) = check_onnx(saved(tmp_path, made))
+    assert (finding.code, finding.refused, finding.layer) == ("data_dependent", False, "layer")
+    assert "values of 'x'" in finding.problem
+
+
+def test_sizes_that_come_from_shapes_are_right(tmp_path: Path) -> None:
+    nodes = [node("Shape", "x", "s"), node("ConstantOfShape", "s", "c"), node("Add", "x c", "y")]
+    assert check_onnx(saved(tmp_path, model(nodes))) == []
+    nodes = [node("Cast", "x", "i", to=T.INT64), node("Gather", "t i", "y")]  # an index is no size
+    made = model(nodes, value("x", T.INT32, ["batch"]), value("y"), t=np.ones((5, 4), np.float32))
+    assert check_onnx(saved(tmp_path, made)) == []
+
+
+@needs_rtx
+def test_what_the_parser_does_not_place_is_placed_by_its_operator(tmp_path: Path) -> None:
+    """Of a scattering with a sum it says neither the node nor the operator."""
+    made = model([node("ScatterElements", "x i x", "y", reduction="add")], i=np.zeros((1, 4), np.int64))
+    with pytest.raises(BackendError, match="Unsupported reduction type") as caught:
+        build(saved(tmp_path, made))
+    assert "ONNX node 'layer/ScatterElements' (ScatterElements) of layer 'layer'" in str(caught.value.where)
+
+
+def test_text_has_a_remedy_that_fits(tmp_path: Path) -> None:
+    made = model([node("Identity", "x", "y")], value("x", T.STRING), value("y", T.STRING))
+    found = check_onnx(saved(tmp_path, made))
+    assert "make numbers of it" in found[0].remedy and {finding.code for finding in found} == {"type"}
 
 
 def test_control_flow_is_told_but_not_refused(tmp_path: Path) -> None:

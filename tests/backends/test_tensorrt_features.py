@@ -73,6 +73,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "dynamic int8": lambda: (linear(), ROWS, ["quantize_dynamic"], {}),
     "weights stored in 4 bits": lambda: (linear(), ROWS, ["quantize_weights(bits=4, block_size=32)"], {}),
+    "weights stored in 8 bits": lambda: (linear(), ROWS, ["quantize_weights(bits=8, symmetric=True)"], {}),
     "2:4 sparse kernels": lambda: (linear(), ROWS, [], {"sparse_weights": True}),
     "fold and unfold": lambda: (
         nn.Sequential(nn.Unfold(3, padding=1), nn.Tanh(), nn.Fold((8, 8), 3, padding=1)).eval(),

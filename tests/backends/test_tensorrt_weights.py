@@ -103,3 +103,28 @@ def test_8_bit_weights_with_zero_points_are_refused() -> None:
     with pytest.raises(BackendError, match="without zero points") as caught:
         fxc.compile(linear(), ["quantize_weights(bits=8)"], (torch.randn(2, 512),), backend="tensorrt")
     assert "layer '0'" in str(caught.value.where)
+    assert "symmetric=True" in str(caught.value.remedy)
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_weights_build_in_every_precision(bits: int, dtype: str | None, tmp_path: Path) -> None:
+    passes = [f"quantize_weights(bits={bits}, symmetric=True)"]
+    passes += [f"convert_precision(dtype={dtype!r})"] if dtype else []
+    backend, x = TensorRT(compute_capabilities=("sm86",), keep_onnx=True), (torch.randn(2, 512),)
+    fxc.compile(linear(), passes, x, backend=backend, output=tmp_path / "b")
+    model = onnx.load(tmp_path / "b" / "model.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    assert kinds["0.packed_spread"] == (TensorProto.INT4 if bits == 4 else TensorProto.INT8)
+    assert not {"MatMulNBits", "Reshape"} & {node.op_type for node in model.graph.node}
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_blocks_that_are_not_whole_are_refused_before_the_parser_does(dtype: str) -> None:
+    passes = ["quantize_weights(bits=4)"] + (["convert_precision(dtype='float16')"] if dtype == "float16" else [])
+    model = nn.Sequential(nn.Linear(100, 64)).eval()
+    with pytest.raises(BackendError, match="will not import") as caught:
+        fxc.compile(model, passes, (torch.randn(2, 100),), backend="tensorrt")
+    assert "block_size" in str(caught.value.remedy) and "100" in str(caught.value.remedy)

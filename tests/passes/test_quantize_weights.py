@@ -64,6 +64,23 @@ def test_rounding_errs_by_half_a_step(bits, block):
     assert ((stored[:, :100] - weight).abs() <= steps * 0.51 + 1e-7).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_blocks_need_no_zero_point(bits):
+    torch.manual_seed(0)
+    weight, middle = torch.randn(5, 100), 2 ** (bits - 1)
+    weight[0, :32] = 0.0
+    moment = (weight.T @ weight).double()
+    for integers, scale, zero in (
+        round_to_nearest(weight, bits, 32, symmetric=True),
+        gptq(weight, moment, bits, 32, symmetric=True),
+    ):
+        assert (zero == middle).all() and integers.min() >= 0 and integers.max() < 2**bits and (scale > 0).all()
+        assert (integers[:, -1, 4:] == middle).all(), "what pads the last block stands for 0"
+    integers, scale, zero = round_to_nearest(weight, bits, 32, symmetric=True)
+    stored = ((integers - zero[..., None]) * scale[..., None]).flatten(1)[:, :100]
+    assert ((stored - weight).abs() <= scale.repeat_interleave(32, 1)[:, :100] * 0.51).all()
+
+
 def test_gptq_keeps_the_output_better_than_rounding():
     torch.manual_seed(0)
     x = torch.randn(2000, 12) @ torch.randn(12, 96) + 0.1 * torch.randn(2000, 96)  # correlated, as activations are
@@ -85,6 +102,7 @@ def test_gptq_keeps_the_output_better_than_rounding():
     [
         (QuantizeWeights(bits=4), "MatMulNBits", 0.2),
         (QuantizeWeights(bits=8, block_size=16), "MatMulNBits", 0.02),
+        (QuantizeWeights(bits=4, symmetric=True), "MatMulNBits", 0.25),
         (QuantizeWeights(algorithm="gptq", calibration=[torch.randn(64, 7, 100)]), "MatMulNBits", 0.2),
         (QuantizeDynamic(), "DynamicQuantizeMatMul", 0.03),
     ],
