@@ -20,6 +20,7 @@ from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend
 from fxcompress.backends.tensorrt_build import Settings, build_plan
 from fxcompress.backends.tensorrt_check import check_onnx
 from fxcompress.backends.tensorrt_device import (
+    NEEDS,
     REFERENCE_FILE,
     default_tolerance,
     write_facts,
@@ -220,6 +221,7 @@ class TensorRT(OnnxBackend):
                 "build_on": self.build_on,
                 "library": library.name if library is not None else "tensorrt",
                 "version": library.version if library is not None else "",
+                "needs": NEEDS if on_device else {},
                 "compute_capabilities": capabilities,
                 "bytes": int(facts["bytes"]),
                 "options": dataclasses.asdict(self._settings((), sparse)),

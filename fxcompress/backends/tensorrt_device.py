@@ -21,6 +21,7 @@ from fxcompress.graph.info import info
 from fxcompress.graph.running import nested_inputs, outputs_of, resized
 
 __all__ = [
+    "NEEDS",
     "REFERENCE_FILE",
     "SCRIPTS",
     "default_tolerance",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 REFERENCE_FILE = "reference.npz"
+NEEDS = {"tensorrt": "10.0", "tensorrt_rtx": "1.0"}  # the first with strongly typed networks
 SCRIPTS = ("build_engine.py", "run_engine.py")
 
 # Largest relative error against PyTorch, by the coarsest type that the model computes in.

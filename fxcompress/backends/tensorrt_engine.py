@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Facts:
         profiles: the same in words.
         bytes: size of the engine.
         stripped: whether the weights have to be put back from the ONNX file.
+        needs: libraries that the device may have, and the oldest version of each.
     """
 
     build_on: str
@@ -50,6 +51,7 @@ class Facts:
     profiles: tuple[str, ...]
     bytes: int
     stripped: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Facts:
@@ -70,6 +72,7 @@ class Facts:
                 tuple(_in_words(profile["sizes"]) for profile in profiles),
                 int(told["bytes"]),
                 bool(told["options"]["strip_plan"]),
+                {str(name): str(least) for name, least in told["needs"].items()},
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(
@@ -122,7 +125,10 @@ class TensorRTEngine(Engine):
         facts = self.facts
         targets = ", ".join(facts.compute_capabilities) or "the GPU that it is built on"
         if facts.build_on == "device":
-            what = f"an ONNX file to build an engine of, with {facts.library} {facts.version} or newer"
+            libraries = " or ".join(f"{name} {least} or newer" for name, least in facts.needs.items())
+            what = f"an ONNX file to build an engine of, with {libraries}"
+            if facts.version:
+                what += f" (read by {facts.library} {facts.version} when it was made)"
         else:
             what = f"an engine of {facts.bytes:,} bytes for {targets}, built by {facts.library} {facts.version}"
         sizes = " or ".join(facts.profiles) or "fixed sizes"

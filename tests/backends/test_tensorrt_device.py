@@ -64,6 +64,7 @@ def test_what_lies_in_it(made: Path) -> None:
     manifest = read_manifest(made)
     assert {"model.onnx", "tensorrt.json", "reference.npz", *SCRIPTS} <= set(manifest.files)
     facts = json.loads((made / "tensorrt.json").read_text())
+    assert facts["needs"] == {"tensorrt": "10.0", "tensorrt_rtx": "1.0"}
     assert facts["build_on"] == "device" and facts["options"]["sparse_weights"] and facts["tolerance"] == 1e-4
     with np.load(made / "reference.npz", allow_pickle=False) as arrays:
         assert arrays["input_0"].shape == (4, 3, 8, 8)  # what the profile is tuned for, not the example's batch
@@ -75,6 +76,7 @@ def test_it_tells_how_an_engine_is_made(made: Path) -> None:
     with fxc.load_engine(made) as engine, pytest.raises(BackendError, match="to be built on the device") as caught:
         engine(torch.randn(2, 3, 8, 8))
     assert "python build_engine.py" in str(caught.value.remedy) and "batch 1 to 8" in caught.value.problem
+    assert "with tensorrt 10.0 or newer or tensorrt_rtx 1.0 or newer" in caught.value.problem
 
 
 def test_it_needs_no_library_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_the_programs_are_python_3_8_and_need_numpy_alone(made: Path, name: str)
 
 @needs_rtx
 def test_it_builds_ahead_of_time_with_the_real_library(bundle: Path) -> None:
-    command = [sys.executable, "-B", str(bundle / "build_engine.py"), "--library", "tensorrt_rtx"]
+    command = [sys.executable, str(bundle / "build_engine.py"), "--library", "tensorrt_rtx"]
     command += ["--compute-capability", "sm86", "--compute-capability", "sm89"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -109,7 +111,23 @@ def test_it_builds_ahead_of_time_with_the_real_library(bundle: Path) -> None:
     assert f"built {engine}: {engine.stat().st_size:,} bytes" in done.stdout
     read_manifest(bundle)  # nothing was left inside
     done = subprocess.run([*command, "--compute-capability", "sm1"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "has no ComputeCapability.SM1" in done.stderr
+    assert done.returncode == 2 and "does not build for sm1: sm75, sm80" in done.stderr
+    done = subprocess.run([*command, "--compute-capability", "SM86"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "names one twice" in done.stderr
+    done = subprocess.run([*command, "--timing-cache", "cache"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "keeps no timing cache" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@needs_rtx
+def test_a_machine_without_a_gpu_is_told(bundle: Path) -> None:
+    """The engine is not to blame, and the bundle is as it was."""
+    (bundle.parent / "net.engine").write_bytes(b"an engine")
+    done = subprocess.run([sys.executable, str(bundle / "run_engine.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert "none can be used here" in done.stderr or "libcudart" in done.stderr
+    assert "refuses the engine" not in done.stderr
+    read_manifest(bundle)
 
 
 def test_build_run_verdict(programs: tuple[Any, Any], bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +168,9 @@ def test_a_wrong_engine_fails(
         (["--output", "{bundle}/model.engine"], "may not lie inside the bundle"),
         (["--compute-capability", "sm86"], "builds for the GPU that it runs on"),
         (["--library", "tensorrt_rtx"], "no TensorRT can be imported"),
+        (["--output", "{bundle}/../none/net.engine"], "there is no folder"),
+        (["--timing-cache", "{bundle}/../none/cache"], "there is no folder"),
+        (["--workspace-mib", "-3"], "1 or more"),
     ],
 )
 def test_command_lines_that_do_not_fit(
@@ -179,6 +200,8 @@ def test_bundles_and_machines_that_do_not_fit(
     assert run.main([], bundle, fake_tensorrt.Cuda) == 2
     assert "run build_engine.py first" in capsys.readouterr().err
     assert run.main(["--repetitions", "0"], bundle, fake_tensorrt.Cuda) == 2
+    assert run.main(["--json", str(bundle / "none" / "told.json")], bundle, fake_tensorrt.Cuda) == 2
+    assert "there is no folder" in capsys.readouterr().err
     monkeypatch.setattr(sys.modules["tensorrt"], "__version__", "8.6.1")
     assert build.main([], bundle) == 2
     assert "8.6.1 is too old" in capsys.readouterr().err
@@ -190,6 +213,10 @@ def test_bundles_and_machines_that_do_not_fit(
     (bundle / "model.onnx").write_bytes(b"another")
     assert build.main([], bundle) == 2
     assert "model.onnx was altered" in capsys.readouterr().err
+    for content in ("[]", '{"files": []}', '{"files": {"model.onnx": 3}}', "no json"):
+        (bundle / "manifest.json").write_text(content)
+        assert build.main([], bundle) == 2
+        assert "no whole bundle" in capsys.readouterr().err
     (bundle / "manifest.json").unlink()
     assert build.main([], bundle) == 2
     assert "no whole bundle" in capsys.readouterr().err
@@ -202,6 +229,15 @@ def test_the_timing_cache_and_the_workspace(programs: tuple[Any, Any], bundle: P
     assert list(fake_tensorrt.Builder.made[0].pools.values()) == [2 << 20]
     cache.write_bytes(b"of another device")
     assert programs[0].main(["--timing-cache", str(cache)], bundle) == 2
+
+
+def test_reference_data_that_cannot_be_read(programs: tuple[Any, Any], bundle: Path) -> None:
+    facts = json.loads((bundle / "tensorrt.json").read_text())
+    content = (bundle / "reference.npz").read_bytes()
+    for broken in (content[:100], b"", b"nothing"):
+        (bundle / "reference.npz").write_bytes(broken)
+        with pytest.raises(sys.modules["build_engine"].Unfit, match="reference data cannot be read"):
+            programs[1].read_reference(bundle, facts)
 
 
 def test_errors_are_measured_as_fxcompress_does(programs: tuple[Any, Any]) -> None:

@@ -31,9 +31,10 @@ def read_facts(bundle: Path) -> dict[str, Any]:
     try:
         files = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["files"]
         facts = json.loads((bundle / "tensorrt.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+        hashes = {str(name): record["sha256"] for name, record in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Unfit(f"this is no whole bundle: {error}") from error
-    for name, record in files.items():
+    for name, wanted in hashes.items():
         digest = hashlib.sha256()
         try:
             with (bundle / name).open("rb") as file:
@@ -41,7 +42,7 @@ def read_facts(bundle: Path) -> dict[str, Any]:
                     digest.update(block)
         except OSError as error:
             raise Unfit(f"a file of the bundle is missing: {error}") from error
-        if digest.hexdigest() != record["sha256"]:
+        if digest.hexdigest() != wanted:
             raise Unfit(f"{name} was altered or truncated: copy the bundle again")
     if facts.get("build_on") != "device":
         raise Unfit("this bundle holds an engine already; it needs no building")
@@ -77,15 +78,16 @@ def check_version(trt: Any, facts: dict[str, Any]) -> list[str]:
     """Refuse a library that cannot work; say what was not tried."""
     found = str(trt.__version__)
     name = trt.__name__.partition(".")[0]
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    if name == "tensorrt" and numbers < (10, 0):
-        raise Unfit(
-            f"TensorRT {found} is too old: this model keeps its types in a strongly typed network, which is of 10"
-        )
-    expected = facts["version"]
-    if name == facts["library"] and expected and found != expected:
-        return [f"this is {name} {found}; the model was checked with {expected}"]
+    least = facts["needs"].get(name, "0")
+    if _numbers(found) < _numbers(least):
+        raise Unfit(f"{name} {found} is too old: this bundle needs {least} or newer, for strongly typed networks")
+    if facts["version"] and (name, found) != (facts["library"], facts["version"]):
+        return [f"this is {name} {found}; the model was read by {facts['library']} {facts['version']} before"]
     return []
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def build(trt: Any, bundle: Path, facts: dict[str, Any], options: argparse.Namespace) -> bytes:
@@ -133,13 +135,11 @@ def configure(trt: Any, config: Any, told: dict[str, Any], options: argparse.Nam
         )
     if told["optimization_level"] is not None:
         config.builder_optimization_level = told["optimization_level"]
-    workspace = options.workspace_mib << 20 if options.workspace_mib else told["workspace_bytes"]
+    workspace = told["workspace_bytes"] if options.workspace_mib is None else options.workspace_mib << 20
     if workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     targets = options.compute_capability
     if targets:
-        if not hasattr(config, "set_compute_capability"):
-            raise Unfit("this TensorRT builds for the GPU that it runs on; leave --compute-capability out")
         config.num_compute_capabilities = len(targets)
         for index, name in enumerate(targets):
             config.set_compute_capability(_known(trt.ComputeCapability, name.upper()), index)
@@ -168,6 +168,31 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(trt: Any, bundle: Path, options: argparse.Namespace) -> Path:
+    """Refuse what cannot work before minutes are spent on it; gives where the engine will be."""
+    output = engine_path(bundle, options.output)
+    if output.resolve().parent == bundle.resolve():
+        raise Unfit("the engine may not lie inside the bundle, whose files are all listed: give another --output")
+    for path in [output] + ([Path(options.timing_cache)] if options.timing_cache else []):
+        if not path.resolve().parent.is_dir():
+            raise Unfit(f"there is no folder {path.resolve().parent}")
+    if options.workspace_mib is not None and options.workspace_mib < 1:
+        raise Unfit("--workspace-mib has to be 1 or more")
+    if options.timing_cache and trt.__name__ == "tensorrt_rtx":
+        raise Unfit("TensorRT for RTX keeps no timing cache; leave --timing-cache out")
+    targets = options.compute_capability or []
+    members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
+    known = [name.lower() for name in members if name.startswith("SM")]
+    if targets and not known:
+        raise Unfit("this TensorRT builds for the GPU that it runs on; leave --compute-capability out")
+    for name in targets:
+        if name.lower() not in known:
+            raise Unfit(f"this TensorRT does not build for {name}: {', '.join(known)}")
+    if len({name.lower() for name in targets}) < len(targets):
+        raise Unfit("--compute-capability names one twice")
+    return output
+
+
 def main(given: list[str] | None = None, bundle: Path = HERE) -> int:
     """Build, and say what was built."""
     options = arguments().parse_args(given)
@@ -176,11 +201,9 @@ def main(given: list[str] | None = None, bundle: Path = HERE) -> int:
         trt = find_library(options.library)
         for note in check_version(trt, facts):
             print(f"note: {note}")
-        output = engine_path(bundle, options.output)
-        if output.resolve().parent == bundle.resolve():
-            raise Unfit("the engine may not lie inside the bundle, whose files are all listed: give another --output")
+        output = check_options(trt, bundle, options)
         started = time.perf_counter()
-        print(f"building with {trt.__name__} {trt.__version__}; this can take minutes")
+        print(f"building with {trt.__name__} {trt.__version__}; this can take minutes", flush=True)
         plan = build(trt, bundle, facts, options)
         output.write_bytes(plan)
     except Unfit as error:

@@ -14,11 +14,15 @@ import glob
 import json
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
-from build_engine import HERE, LIBRARIES, Unfit, check_version, engine_path, find_library, make_logger, read_facts
+
+sys.dont_write_bytecode = True  # a bundle takes no further files
+from build_engine import HERE, LIBRARIES, Unfit, check_version, engine_path, find_library, make_logger, read_facts  # noqa: E402
 
 
 class Cuda:
@@ -26,6 +30,11 @@ class Cuda:
 
     def __init__(self) -> None:
         self.library = self._load()
+        count = ctypes.c_int()
+        try:
+            self._call("cudaGetDeviceCount", ctypes.byref(count))
+        except RuntimeError as error:
+            raise Unfit(f"an engine runs on a GPU of NVIDIA, and none can be used here: {error}") from error
 
     @staticmethod
     def _load() -> ctypes.CDLL:
@@ -84,6 +93,8 @@ class Session:
         if self.engine is None:
             raise RuntimeError("TensorRT refuses the engine: build it on this device, with this TensorRT")
         self.context = self.engine.create_execution_context()
+        if self.context is None:
+            raise RuntimeError("TensorRT could not make an execution context: free memory of the GPU")
         self.stream = cuda.stream()
         bound = {self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)}
         shapes = {spec["name"]: array.shape for spec, array in zip(facts["inputs"], inputs)}
@@ -92,7 +103,8 @@ class Session:
             if spec["name"] in bound:
                 address = cuda.allocate(array.nbytes)
                 cuda.upload(address, np.ascontiguousarray(array))
-                self.context.set_input_shape(spec["name"], tuple(array.shape))
+                if not self.context.set_input_shape(spec["name"], tuple(array.shape)):
+                    raise RuntimeError(f"the engine refuses {array.shape} for {spec['name']}: build it anew")
                 self.context.set_tensor_address(spec["name"], address)
         self.outputs = []
         for spec in facts["outputs"]:
@@ -156,10 +168,10 @@ def relative_error(wanted: np.ndarray, given: np.ndarray) -> float:
 def read_reference(bundle: Path, facts: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Inputs, and what PyTorch made of them. Nothing is unpickled."""
     try:
-        with np.load(bundle / "reference.npz", allow_pickle=False) as arrays:
+        with (bundle / "reference.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             inputs = [arrays[f"input_{index}"] for index in range(len(facts["inputs"]))]
             outputs = [arrays[f"output_{index}"] for index in range(len(facts["outputs"]))]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Unfit(f"the reference data cannot be read: {error}") from error
     return inputs, outputs
 
@@ -193,6 +205,8 @@ def main(given: list[str] | None = None, bundle: Path = HERE, make_cuda: Callabl
     try:
         if options.repetitions < 1 or options.warmup < 0:
             raise Unfit("--repetitions has to be 1 or more, --warmup 0 or more")
+        if options.json and not Path(options.json).resolve().parent.is_dir():
+            raise Unfit(f"there is no folder {Path(options.json).resolve().parent}")
         facts = read_facts(bundle)
         trt = find_library(options.library)
         notes = check_version(trt, facts)
@@ -200,7 +214,8 @@ def main(given: list[str] | None = None, bundle: Path = HERE, make_cuda: Callabl
         if not path.exists():
             raise Unfit(f"there is no engine at {path}: run build_engine.py first")
         inputs, wanted = read_reference(bundle, facts)
-        session = Session(trt, path.read_bytes(), facts, inputs, make_cuda())
+        cuda = make_cuda()
+        session = Session(trt, path.read_bytes(), facts, inputs, cuda)
         session.run()
         errors = {
             spec["name"]: relative_error(as_float(w, spec["dtype"]), as_float(g, spec["dtype"]))
