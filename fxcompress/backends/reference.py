@@ -10,9 +10,10 @@ import safetensors
 import safetensors.torch
 import torch
 
+from fxcompress.backends.bundle_writer import library_versions
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.verification import verify_engine
-from fxcompress.errors import BundleError, PreconditionError
+from fxcompress.errors import BundleError, PreconditionError, VerificationError
 
 __all__ = ["REFERENCE_FILE", "Reference", "read_reference", "replay", "write_reference"]
 
@@ -96,7 +97,20 @@ def replay(engine: Engine) -> dict[str, Any]:
             where=str(engine.path),
             remedy="build it with example inputs and with verify=True",
         )
-    errors = verify_engine(engine, lambda *_: list(reference.outputs), [reference.inputs], reference.tolerance)
+    try:
+        errors = verify_engine(engine, lambda *_: list(reference.outputs), [reference.inputs], reference.tolerance)
+    except VerificationError as error:
+        made, here = engine.manifest.versions, library_versions(engine.manifest.versions)
+        other = ", ".join(
+            f"{name} {made[name]}, here {here[name]}" for name in made if here.get(name, made[name]) != made[name]
+        )
+        raise VerificationError(
+            error.problem,
+            where=error.where,
+            remedy=f"build it anew with what runs it here; it was built with {other}"
+            if other
+            else "build it anew on this machine: everything here is as it was, but the processor may be another one",
+        ) from error
     shapes = [list(tensor.shape) for tensor in reference.inputs]
     return {"relative_error": errors, "tolerance": reference.tolerance, "input_shapes": shapes}
 

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxcompress import backends
+from fxcompress.backends.registry import backend_class
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
 
 # In the order of the table. TensorRT's engines need a GPU to run: its own tests build them.
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -20,6 +25,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "torchscript": {},
     "torch_export": {},
 }
+BUILT_IN = tuple(BACKENDS)
+# Backends of other packages, by the names of their entry points; they are held to all that is held of anything here.
+BACKENDS |= {name: {} for name in os.environ.get("FXCOMPRESS_BACKENDS", "").split(",") if name}
 LIBRARIES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torchscript": "torch", "torch_export": "torch"}
 CLASSES = {
     "onnxruntime": "OnnxRuntime",
@@ -30,13 +38,13 @@ CLASSES = {
 
 
 def backend(name: str, **options: Any) -> backends.Backend:
-    made = getattr(backends, CLASSES[name])(**(BACKENDS[name] | options))
+    made = backend_class(name)(**(BACKENDS[name] | options))
     assert isinstance(made, backends.Backend)
     return made
 
 
 def available(name: str) -> bool:
-    return find_spec(LIBRARIES[name]) is not None
+    return name not in LIBRARIES or find_spec(LIBRARIES[name]) is not None
 
 
 class Convolutional(nn.Module):
@@ -90,19 +98,38 @@ class Sizes(nn.Module):
         return (x.reshape(count * 2, -1) + torch.arange(count * 2)[:, None]).reshape(count, -1) / count
 
 
-# What the table says: feature → backends that have it.
+# What the table says: feature → backends that have it. Each "no" is tried too: refused, or as the docs say.
 FEATURES: dict[str, frozenset[str]] = {
     "dynamic dims": frozenset(BACKENDS),
-    "float16": frozenset(BACKENDS),
-    "bfloat16": frozenset(BACKENDS) - {"onnxruntime"},  # it has no kernel for Gemm in bfloat16
+    "dict and keyword inputs": frozenset(BACKENDS),
     "attention": frozenset(BACKENDS),
     "recurrent layers": frozenset(BACKENDS),
+    "float16": frozenset(BACKENDS),
+    "bfloat16": frozenset(BACKENDS) - {"onnxruntime"},  # it has no kernel for Gemm in bfloat16
     "float64": frozenset(BACKENDS) - {"openvino"},  # it computes in 32 bits, and is found out
     "integers of 64 bits": frozenset(BACKENDS) - {"openvino"},
-    "weights stored in 4 bits": frozenset(BACKENDS),
     "dynamic quantization": frozenset(BACKENDS),
-    "kernels for 2:4 sparse weights": frozenset(),  # of TensorRT alone
     "int8 in integer kernels": frozenset({"onnxruntime", "openvino"}),
+    "weights stored in 4 bits": frozenset(BACKENDS),
+    "kernels for 2:4 sparse weights": frozenset(),  # of TensorRT alone
     "refuses an index out of range": frozenset(BACKENDS) - {"openvino"},
-    "dict and keyword inputs": frozenset(BACKENDS),
 }
+
+
+def table() -> str:
+    """The table of ``docs/backends.md``, as these facts have it."""
+    rows = [["feature", *(f"`{name}`" for name in BUILT_IN)]]
+    rows += [[title, *("yes" if name in having else "no" for name in BUILT_IN)] for title, having in FEATURES.items()]
+    header, *lines = ["| " + " | ".join(row) + " |\n" for row in rows]
+    return header + "|---" * len(rows[0]) + "|\n" + "".join(lines)
+
+
+def write_table() -> None:
+    """Put it into the docs, in place of the one there: ``python -m tests.backends.contract``."""
+    text = DOCS.read_text(encoding="utf-8")
+    start = text.index("| feature |")
+    DOCS.write_text(text[:start] + table() + text[text.index("\n\n", start) + 1 :], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_table()

@@ -17,8 +17,6 @@ from fxcompress.backends.registry import backend_class, backend_names
 from fxcompress.errors import BackendError, BundleError, OptionError, PreconditionError, VerificationError
 from tests.backends import contract
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "backends.md"
-
 each = pytest.mark.parametrize(
     "name",
     [
@@ -136,8 +134,7 @@ def test_memory_layouts(name: str, layout: str) -> None:
 
 
 def feature(name: str, title: str) -> None:
-    if name not in contract.FEATURES[title]:
-        pytest.skip(f"the table says that {name} has no {title}")
+    assert name in contract.FEATURES[title], "what a backend has not is tried in the test itself"
 
 
 @each
@@ -191,8 +188,11 @@ def test_recurrent_layers(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    feature(name, str(dtype).removeprefix("torch."))
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval().to(dtype)
+    if name not in contract.FEATURES[str(dtype).removeprefix("torch.")]:
+        with pytest.raises((BackendError, VerificationError)):
+            built(name, model, (torch.randn(2, 8).to(dtype),))
+        return
     engine = built(name, model, (torch.randn(2, 8).to(dtype),))
     x = torch.randn(5, 8).to(dtype)
     got = engine(x)
@@ -354,7 +354,9 @@ def test_failures_at_run_time(name: str) -> None:
     """What the library refuses is a BackendError, and the engine runs on."""
     table = nn.Embedding(4, 3).eval()
     engine = built(name, table, (torch.tensor([[0, 1], [2, 3]]),))
-    feature(name, "refuses an index out of range")
+    if name not in contract.FEATURES["refuses an index out of range"]:
+        assert engine(torch.tensor([[0, 9]])).shape == (1, 2, 3)  # of zeros or garbage, as the docs say
+        return
     with pytest.raises(BackendError) as caught:
         engine(torch.tensor([[0, 9]]))
     assert caught.value.where == str(engine.path) and caught.value.__cause__ is not None
@@ -391,24 +393,11 @@ def test_every_backend_is_held_to_the_contract() -> None:
     built_in = {backend_class(name).name for name in backend_names()}
     assert built_in - {"tensorrt"} >= set(contract.BACKENDS)
     ours = {cls.name for cls in map(backend_class, backend_names()) if cls.__module__.startswith("fxcompress.")}
-    assert ours == {*contract.BACKENDS, "tensorrt"}
+    assert ours == {*contract.BUILT_IN, "tensorrt"}
     for name, cls in contract.CLASSES.items():
         assert getattr(fxc.backends, cls) is backend_class(name)
 
 
 def test_the_table_in_the_docs() -> None:
-    lines = DOCS.read_text(encoding="utf-8").splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("| feature"))
-    header, rows = _cells(lines[start]), {}
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        title, *marks = _cells(line)
-        rows[title] = dict(zip(header[1:], marks, strict=True))
-    for title, having in contract.FEATURES.items():
-        for name in contract.BACKENDS:
-            assert (rows[title][f"`{name}`"] == "yes") == (name in having), f"{title}, {name}"
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+    text = contract.DOCS.read_text(encoding="utf-8")
+    assert contract.table() in text, "python -m tests.backends.contract writes it"

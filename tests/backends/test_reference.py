@@ -78,8 +78,9 @@ def test_an_engine_that_computes_something_else(bundle: Path, tmp_path: Path) ->
         outputs = (reference.outputs[0] + 1, *reference.outputs[1:])
         assert write_reference(directory, replace(reference, outputs=outputs)) == ""
 
-    with pytest.raises(VerificationError, match="differs from PyTorch"):
+    with pytest.raises(VerificationError, match="differs from PyTorch") as caught:
         verify_bundle(again(bundle, tmp_path / "other", change))
+    assert "build it anew" in str(caught.value.remedy) and "verify=False" not in str(caught.value.remedy)
 
 
 def test_without_a_reference(tmp_path: Path, bundle: Path) -> None:
