@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ from torch import nn
 
 import fxcompress as fxc
 from benchmarks import _results, zoo
-from fxcompress.backends.benchmark import benchmark
 
 MODELS = (
     "resnet18",
@@ -51,6 +52,7 @@ MODELS = (
 )
 ENGINES = ("fp32", "int8", "peer")
 BATCHES = (1, 8)
+ROUNDS = 5
 RESULTS = _results.RESULTS / "quantize_engines.json"
 _INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "QLinearAdd")
 _FLOAT = ("Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "Add")
@@ -210,28 +212,41 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def timed(name: str, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Median milliseconds of the engines in turns, each as a bare session on the same arrays."""
+    """Median milliseconds of the engines, in rounds of one after the other, each as a bare session on the same arrays.
+
+    One is open at a time: the threads of a session go on asking for work for a while after a call, and would take the
+    processors from the next engine's.
+    """
     found: dict[str, Any] = {}
+    kinds = [kind for kind in ENGINES if (work / name / kind / "model.onnx").exists()]
     for batch in BATCHES:
-        calls: dict[str, Callable[..., Any]] = {}
-        for kind in ENGINES:
-            path = work / name / kind / "model.onnx"
-            if path.exists():
-                session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
-                names = [value.name for value in session.get_inputs()]
-                feed = _feed(names, model_of(name).inputs(batch))
-                calls[kind] = lambda session=session, feed=feed: session.run(None, feed)
-        trial = benchmark(calls, repetitions=3, warmup=1)
-        total = sum(timing.median_ms for timing in trial.timings)
-        result = benchmark(calls, repetitions=max(15, min(200, int(seconds * 1000 / total))), warmup=2)
-        medians = {timing.name: timing.median_ms for timing in result.timings}
-        for kind, median in medians.items():
-            found[f"{kind}_ms_{batch}"] = median
-        found[f"repetitions_{batch}"] = result.repetitions
+        inputs = model_of(name).inputs(batch)
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(ROUNDS):
+            for kind in kinds:
+                times[kind] += _calls(work / name / kind / "model.onnx", threads, inputs, seconds / ROUNDS / len(kinds))
+        medians = {kind: statistics.median(own) for kind, own in times.items()}
+        found |= {f"{kind}_ms_{batch}": median for kind, median in medians.items()}
+        found[f"repetitions_{batch}"] = min(len(own) for own in times.values())
         found[f"int8/fp32_{batch}"] = medians["int8"] / medians["fp32"]
         if "peer" in medians:
             found[f"int8/peer_{batch}"] = medians["int8"] / medians["peer"]
     return found
+
+
+def _calls(path: Path, threads: int, inputs: Any, seconds: float) -> list[float]:
+    """Milliseconds of single calls for so many seconds, three calls at least."""
+    session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+    feed = _feed([value.name for value in session.get_inputs()], inputs)
+    for _ in range(3):
+        session.run(None, feed)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < until:
+        started = time.perf_counter()
+        session.run(None, feed)
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
 
 
 def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
@@ -272,7 +287,8 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
             "In integers / all, by kind, and the percentage of all multiply-accumulates in integers, read from the "
             "graph that ONNX Runtime's optimizer made; what rounding does to the outputs, and how far the engine is "
             "from the rounding graph in PyTorch, largest difference over largest value; megabytes of the ONNX file. "
-            "Milliseconds: medians of calls in turns at batch 1 and 8, the last figure of the column's name; the "
+            f"Milliseconds: medians of calls in {ROUNDS} rounds, one engine open at a time, at batch 1 and 8, the last "
+            "figure of the column's name; the "
             "ratios are of these medians, below 1 is faster. `peer` is "
             "`quantize_static` on the plain export with uint8 activations and int8 weights per channel; its integer "
             "operations are convolutions, products and additions together. `weight_bits` is 7 for both where the "
@@ -290,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the engines")
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=6, help="of timing for each model and batch")
+    parser.add_argument("--seconds", type=float, default=15, help="of timing for each model and batch")
     options = parser.parse_args(arguments)
     names = options.model or MODELS
     if options.what == "build":
