@@ -16,27 +16,18 @@ from fxcompress.backends.base import Backend, BuildContext, Engine
 from fxcompress.backends.base import PassRecord as ManifestPass
 from fxcompress.backends.bundle import Manifest, read_manifest
 from fxcompress.backends.bundle_writer import BundleWriter
-from fxcompress.backends.reference import Reference
 from fxcompress.backends.registry import resolve_backend
 from fxcompress.backends.signature import signature_of
-from fxcompress.backends.verification import verify_engine
-from fxcompress.capture.check import other_sizes
 from fxcompress.errors import BundleError, PreconditionError
 from fxcompress.graph import serialize
 from fxcompress.graph.ownership import own_weights, shared_weights
 from fxcompress.graph.printer import format_graph
-from fxcompress.graph.running import nested_inputs, outputs_of
-from fxcompress.quantization.fake_quant import Quantizer
-from fxcompress.quantization.integer_layers import DynamicLinear
+from fxcompress.proof import Proof
 from fxcompress.reporting.model import EngineReport, Report
 
 __all__ = ["Compiled", "load"]
 
 _GRAPH, _WEIGHTS, _REPORT = "graph.json", "weights.safetensors", "report.json"
-# Largest relative error that an engine may show against PyTorch, by the widest rounding among its outputs.
-_ENGINE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# A value on the border of two integers may fall either way, and takes others with it.
-_QUANTIZED_TOLERANCE = 5e-2
 
 
 class Compiled:
@@ -190,7 +181,7 @@ def build_engine(
     if progress is not None:
         context.progress = progress
     if verify and example_inputs is not None:
-        proof = _Proof(graph_module, example_inputs, outputs, backend.computes_in)
+        proof = Proof(graph_module, example_inputs, outputs, backend.computes_in)
         context.verify, context.reference = proof.of, proof.reference
     engine = backend.build(graph_module, output, context)
     report.engine = EngineReport.from_engine(engine, report.passes)
@@ -223,61 +214,6 @@ def latency_on(leaves: Sequence[Any], backend: Backend | None, *, repetitions: i
 def manifest_passes(report: Report) -> tuple[ManifestPass, ...]:
     """The passes of a report as a manifest lists them."""
     return tuple(ManifestPass(item.name, dict(item.options)) for item in report.passes)
-
-
-class _Proof:
-    """The graph's outputs in PyTorch at two sizes of the dynamic dims, which an engine is held against."""
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        leaves: Sequence[Any],
-        outputs: list[Any] | None,
-        computes_in: torch.dtype | None,
-    ) -> None:
-        self._graph_module = graph_module
-        self._sets = [list(leaves)]
-        self._made = {0: outputs} if outputs is not None else {}
-        for other in other_sizes(graph_module, leaves):
-            try:  # the first at which the model itself runs
-                self._made[1] = outputs_of(graph_module, *nested_inputs(graph_module, other))
-            except (RuntimeError, ValueError, IndexError):
-                continue
-            self._sets.append(other)
-            break
-        self._tensors = [[leaf for leaf in inputs if isinstance(leaf, torch.Tensor)] for inputs in self._sets]
-        dtypes = {leaf.dtype for inputs in self._tensors for leaf in inputs if leaf.is_floating_point()}
-        dtypes |= {p.dtype for p in graph_module.parameters() if p.is_floating_point()}
-        dtypes |= {computes_in} if computes_in is not None else set()
-        self._allowed = max((_ENGINE_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes), default=1e-4)
-        if any(isinstance(module, (Quantizer, DynamicLinear)) for module in graph_module.modules()):
-            self._allowed = max(self._allowed, _QUANTIZED_TOLERANCE)
-
-    def of(self, engine: Engine) -> dict[str, Any]:
-        runs = iter(range(len(self._sets)))
-        errors = verify_engine(engine, lambda *_: self._expected(next(runs)), self._tensors, self._allowed)
-        shapes = [[list(leaf.shape) for leaf in inputs] for inputs in self._tensors]
-        return {"relative_error": errors, "tolerance": self._allowed, "input_shapes": shapes}
-
-    def reference(self) -> Reference:
-        """The smaller of the two runs."""
-        sizes = [sum(leaf.numel() for leaf in inputs) for inputs in self._tensors]
-        index = sizes.index(min(sizes))
-        outputs = [torch.as_tensor(leaf) for leaf in self._expected(index)]
-        return Reference(tuple(self._tensors[index]), tuple(outputs), self._allowed)
-
-    def _expected(self, index: int) -> list[Any]:
-        if self._made.get(index) is None:
-            self._made[index] = outputs_of(self._graph_module, *nested_inputs(self._graph_module, self._sets[index]))
-        made = self._made[index]
-        return [leaf for leaf, computed in zip(made, _computed(self._graph_module), strict=True) if computed]
-
-
-def _computed(graph_module: fx.GraphModule) -> list[bool]:
-    """For each output leaf, whether an engine gives it: tensors and sizes, but no constants."""
-    leaves = graph_module.graph.output_node().args[0]
-    values = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
-    return [isinstance(value, (torch.Tensor, torch.SymInt)) for value in values]
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -128,7 +128,7 @@ def test_onnxruntime_runs_it_in_integers(model, tmp_path):
     kinds = {item.data_type for item in held if math.prod(item.dims) > 32}
     assert kinds == {onnx.TensorProto.INT8}
     errors = compiled.engine.manifest.measurements["verification"]
-    assert errors["tolerance"] == 5e-2 and max(errors["relative_error"].values()) < 2e-2
+    assert 1e-2 <= errors["tolerance"] <= 5e-2 and max(errors["relative_error"].values()) < 2e-2
     torch.testing.assert_close(torch.as_tensor(compiled.engine(X[:1])), compiled(X[:1]), rtol=0, atol=0.1)
 
 
