@@ -234,7 +234,8 @@ def test_int8(name: str) -> None:
     """A quantized graph runs everywhere; where the table says so, in integers."""
     model, data = contract.Convolutional().eval(), [(torch.randn(4, 3, 8, 8),) for _ in range(4)]
     scheme = "onnxruntime" if name == "onnxruntime" else "openvino"
-    passes = ["fuse_modules", fxc.passes.Quantize(data, scheme=scheme)]
+    bits: Any = 7 if name == "openvino" else 8  # its kernels overflow with 8 on processors without VNNI
+    passes = ["fuse_modules", fxc.passes.Quantize(data, scheme=scheme, weight_bits=bits)]
     compiled = fxc.compile(model, passes, example_inputs=(torch.randn(2, 3, 8, 8),), progress=False)
     engine: Any = compiled.export(contract.backend(name))
     x = torch.randn(3, 3, 8, 8)
