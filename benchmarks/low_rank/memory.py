@@ -1,4 +1,4 @@
-"""Memory beside the model while one layer is factorized, without data and on data."""
+"""Memory beside the model while linear layers are factorized, without data and on data, with default options."""
 
 from __future__ import annotations
 
@@ -10,55 +10,91 @@ import torch
 from torch import nn
 
 from benchmarks._results import RESULTS, machine_facts, read_rows, write
-from benchmarks.low_rank.common import applied
 from fxcompress.capture import capture
-from fxcompress.passes import FactorizeLinear
+from fxcompress.graph.edit import copy_graph
+from fxcompress.passes import FactorizeLinear, PassContext
 
 _ROWS = 64  # of a batch
 
 
-def work_bytes(inputs: int, outputs: int, ratio: float, *, data: bool = False) -> int:
-    """The most bytes of tensors that live at once while a layer is factorized, its factors and batches included."""
+def work_bytes(model: nn.Module, ratio: float, *, rows: int = 0) -> int:
+    """The most bytes of tensors that live at once while a model is factorized, less the factors of layers done before.
+
+    Args:
+        model: linear layers, one after the other.
+        ratio: of the pass.
+        rows: of calibration data; 0 is without data.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(inputs, outputs)).eval()
-    graph_module = capture(model, (torch.randn(2, inputs),), dynamic_shapes="batch")
+    inputs = model[0].in_features
+    graph_module = capture(model.eval(), (torch.randn(2, inputs),), dynamic_shapes="batch")
     scale = torch.logspace(0, -2, inputs)
-    batches = [torch.randn(_ROWS, inputs) * scale for _ in range(2 * max(inputs, outputs) // _ROWS)]
-    options: dict[str, Any] = {"calibration": batches, "moments_mib": 1} if data else {}
+    options: dict[str, Any] = {}
+    if rows:
+        options["calibration"] = [torch.randn(_ROWS, inputs) * scale for _ in range(rows // _ROWS)]
+    marks: list[str] = []
+
+    def told(done: int, total: int, what: str) -> None:
+        if what in dict(model.named_children()):
+            with torch.profiler.record_function(f"factorized {what}"):
+                marks.append(what)
+
     gc.collect()  # what an earlier call left would count as freed in this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        applied(graph_module, FactorizeLinear(ratio=ratio, **options))
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
+        made = FactorizeLinear(ratio=ratio, **options).run(copy_graph(graph_module), PassContext(progress=told))
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = most = done = 0
+    for event in events:
+        name = event.name()
+        if name == "[memory]":
+            live += event.nbytes()
+            most = max(most, live - done)
+        elif name.startswith("factorized "):
+            path = name.removeprefix("factorized ")
+            pair = [made.graph_module.get_submodule(f"{path}.{index}").weight for index in (0, 1)]
+            done += sum(weight.numel() * weight.element_size() for weight in pair)
+    assert len(marks) == len(model)
     return most
 
 
+def block(width: int, blocks: int = 1) -> nn.Sequential:
+    """Linear layers of the blocks of a transformer: four of the attention and two of the MLP."""
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers += [nn.Linear(width, width) for _ in range(4)]
+        layers += [nn.Linear(width, 4 * width), nn.Linear(4 * width, width)]
+    return nn.Sequential(*layers)
+
+
+def equal(width: int) -> nn.Sequential:
+    """Square layers of one size."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
+
+
 def memory(widths: Sequence[int], ratios: Sequence[float]) -> None:
-    """Measure the layers of a transformer's block of each width, and add them to the table."""
+    """Measure a transformer's blocks and square layers of each width, and add them to the table."""
     path = RESULTS / "low_rank_memory.json"
-    rows = {(row["width"], row["inputs"], row["outputs"], row["ratio"]): row for row in read_rows(path)}
+    rows = {(row["layers"], row["width"], row["ratio"]): row for row in read_rows(path) if "layers" in row}
     for width in widths:
-        largest = 4 * 4 * width * width
-        for inputs, outputs in ((width, width), (width, 4 * width), (4 * width, width)):
+        for layers, model in (("2 blocks", block(width, 2)), ("3 square", equal(width))):
+            largest = max(sum(p.numel() * 4 for p in layer.parameters()) for layer in model)
             for ratio in ratios:
-                row = {"width": width, "inputs": inputs, "outputs": outputs, "ratio": ratio}
-                row["without_data"] = work_bytes(inputs, outputs, ratio) / largest
-                row["on_data"] = work_bytes(inputs, outputs, ratio, data=True) / largest
-                rows[width, inputs, outputs, ratio] = row
+                row = {"layers": layers, "width": width, "ratio": ratio}
+                row["without_data"] = work_bytes(model, ratio) / largest
+                row["on_data"] = work_bytes(model, ratio, rows=2 * width) / largest
+                rows[layers, width, ratio] = row
                 print(row, flush=True)
     write(
         path,
-        title="Memory beside the model while a layer is factorized",
+        title="Memory beside the model while its layers are factorized",
         rows=[rows[key] for key in sorted(rows)],
-        columns=["width", "inputs", "outputs", "ratio", "without_data", "on_data"],
+        columns=["layers", "width", "ratio", "without_data", "on_data"],
         notes=[
-            "In sizes of the largest layer of a transformer's block, 4 · width² float32 numbers: all tensors that live "
-            "at once while FactorizeLinear takes one layer, its factors included, as torch's profiler counts them. On "
-            f"data: batches of {_ROWS} rows, `moments_mib=1`, so that one layer's moments are held at a time; what "
-            "is held of several layers adds to it."
+            "In sizes of the model's largest layer: all tensors that live at once while FactorizeLinear runs with "
+            "default options, as torch's profiler counts them, less the factors of layers that are done. Of two blocks "
+            "of a transformer (four layers width × width, width × 4 width, 4 width × width) the largest has 4 · width² "
+            f"numbers, of square layers width². On data: batches of {_ROWS} rows, 2 · width rows in all, which decay "
+            "over two decades."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )

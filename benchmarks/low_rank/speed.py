@@ -12,18 +12,9 @@ from torch import nn
 
 from benchmarks._results import RESULTS, machine_facts, peak_memory_mib, read_rows, reset_peak_memory, write
 from benchmarks.low_rank.common import applied
-from benchmarks.low_rank.memory import work_bytes
+from benchmarks.low_rank.memory import block, work_bytes
 from fxcompress.capture import capture
 from fxcompress.passes import FactorizeLinear
-
-
-def stack(width: int, blocks: int) -> nn.Module:
-    """Linear layers of a transformer: four of the attention and two of the MLP in each block."""
-    layers: list[nn.Module] = []
-    for _ in range(blocks):
-        layers += [nn.Linear(width, width) for _ in range(4)]
-        layers += [nn.Linear(width, 4 * width), nn.Linear(4 * width, width)]
-    return nn.Sequential(*layers).eval()
 
 
 def peer(model: nn.Module, ratio: float, blocks: int) -> float:
@@ -41,7 +32,7 @@ def peer(model: nn.Module, ratio: float, blocks: int) -> float:
 
 def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | None) -> None:
     """Measure models of these widths and numbers of blocks, and add them to the table."""
-    applied(capture(stack(768, 1), (torch.randn(2, 768),), dynamic_shapes="batch"), FactorizeLinear(ratio=ratio))
+    applied(capture(block(768).eval(), (torch.randn(2, 768),), dynamic_shapes="batch"), FactorizeLinear(ratio=ratio))
     path = RESULTS / "low_rank_speed.json"
     rows = {(row["width"], row["blocks"], row["ratio"]): row for row in read_rows(path)}
     for width, blocks in sizes:
@@ -84,7 +75,7 @@ def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | Non
 
 def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = stack(width, blocks)
+    model = block(width, blocks).eval()
     graph_module = capture(model, (torch.randn(2, width),), dynamic_shapes="batch")
     parameters = sum(p.numel() for p in model.parameters())
     largest = max(p.numel() * 4 for p in model.parameters()) / 2**20
@@ -102,7 +93,6 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         best = float(torch.linalg.svdvals(weight.detach())[first.out_features :].double().norm())
         worst = max(worst, error / best - 1)
     del made
-    shapes = ((width, width), (width, 4 * width), (4 * width, width))
     peer_seconds = peer(model, ratio, peer_blocks) * blocks / peer_blocks
     return {
         "width": width,
@@ -114,7 +104,7 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         "peer_blocks": peer_blocks,
         "faster": peer_seconds / seconds,
         "ns_per_parameter": seconds / parameters * 1e9,
-        "work_in_largest_layers": max(work_bytes(*sizes, ratio) for sizes in shapes) / 2**20 / largest,
+        "work_in_largest_layers": work_bytes(block(width), ratio) / 2**20 / largest,
         "resident_in_largest_layers": resident,
         "worst_error_over_best": worst,
     }

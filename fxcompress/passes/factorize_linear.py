@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.statistics import Moments
+from fxcompress.analysis.statistics import Moments, PackedMoments
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, lost_mean, macs_of
+from fxcompress.passes.low_rank.budget import PEAK, largest_layer, working
 from fxcompress.passes.low_rank.data import fits, site_metrics, too_wide
 from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.linear_sites import (
@@ -62,7 +63,9 @@ class FactorizeLinear(Pass):
         method: ``auto`` is ``svd`` without data and ``whitened`` with it; or ``asvd``.
         alpha: of ASVD: inputs are weighted with their mean absolute value to this power.
         batches: most batches to read; None reads all.
-        moments_mib: of second moments that may be held at once; where more are needed the data is read again.
+        moments_mib: of second moments that may be held at once (those of one layer at least); where more are needed the
+            data is read again. None holds as many as keep what lives beside the model within three times its largest
+            layer.
         correct_bias: let the bias take up the mean of the error, which allows a smaller one.
         refit: fit ``fc.1`` of each layer in turn, by least squares on the data, to the original output from the inputs
             that the layers changed before it produce.
@@ -89,7 +92,7 @@ class FactorizeLinear(Pass):
     method: Literal["auto", "svd", "whitened", "asvd"] = "auto"
     alpha: float = 0.5
     batches: int | None = None
-    moments_mib: int = 1024
+    moments_mib: int | None = None
     correct_bias: bool = False
     refit: bool = False
     round_to: int = 1
@@ -129,12 +132,12 @@ class FactorizeLinear(Pass):
                     change = self._check_latency(original, site, result, context) or result
                 if isinstance(change, Skip):
                     skipped.append(change)
-                    continue
-                assert isinstance(change, Factors)
-                rewrites += self._put(editor, groups[site], change, metric, moments)
+                else:
+                    rewrites += self._put(editor, groups[site], change, metric, moments)
+                del metric, moments, result, change  # before the next one's are made
         if self.refit and rewrites:
             assert self.calibration is not None
-            held = self.moments_mib << 20
+            held = largest_layer(original) if self.moments_mib is None else self.moments_mib << 20
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context, held=held)
         note = too_wide([group[0] for group in groups.values()], linear=True) if self.calibration is not None else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
@@ -146,16 +149,19 @@ class FactorizeLinear(Pass):
         goal = goal_of(self)
         unread = self.method == "svd" and not (self.correct_bias or self.refit)
 
+        sites = [group[0] for group in groups]
+        held = self._held(original, sites)
+
         def read() -> Any:
             return site_metrics(
                 original,
-                [group[0] for group in groups],
+                sites,
                 None if unread else self.calibration,
                 context,
                 batches=self.batches,
-                centred=[self._centred(group[0]) for group in groups],
+                centred=[self._centred(site) for site in sites],
                 alpha=self.alpha if self.method == "asvd" else None,
-                held=self.moments_mib << 20,
+                held=held,
                 linear=True,
             )
 
@@ -163,19 +169,20 @@ class FactorizeLinear(Pass):
         metrics = read()
         if self.scope == "global":
             # Once for the spectra, once for the factors; both from the same moments where they can all be held.
-            if isinstance(self.calibration, Iterator) or fits(
-                [g[0] for g in groups], self.moments_mib << 20, linear=True
-            ):
+            if isinstance(self.calibration, Iterator) or fits(sites, held, linear=True):
                 metrics = list(metrics)
             shared = self._shared_out(metrics)
             metrics = metrics if isinstance(metrics, list) else read()
-        for done, (site, metric, moments) in enumerate(metrics):
+        done = 0
+        for site, metric, moments in metrics:
             rank: Any = goal.of_spectrum
             if not goal.needs_spectrum:
                 rank = goal.fixed(price_of(site.layer)) if shared is None else shared[site.path]
             yield site, metric, moments, self._factored(site, metric, rank, context)
+            del metric, moments
+            done += 1  # noqa: SIM113 - enumerate would hold the last metric while the next is made
             if context.progress is not None:
-                context.progress(done + 1, len(groups), site.path)
+                context.progress(done, len(groups), site.path)
 
     def _factored(self, site: Site, metric: Metric, rank: Any, context: PassContext) -> Factors | Skip:
         if rank is None:
@@ -196,6 +203,15 @@ class FactorizeLinear(Pass):
 
     def _root(self, metric: Metric) -> Metric:
         return replace(metric, weighs=False) if self.method == "svd" else metric
+
+    def _held(self, original: fx.GraphModule, sites: Sequence[Site]) -> int | list[int]:
+        """Bytes of second moments that may be held while each site is factored."""
+        if self.moments_mib is not None:
+            return self.moments_mib << 20
+        goal, peak = goal_of(self), PEAK * largest_layer(original)
+        known = self.scope == "local" and not goal.needs_spectrum
+        ranks = [goal.fixed(price_of(site.layer)) if known else None for site in sites]
+        return [peak - working(site.layer, rank) for site, rank in zip(sites, ranks, strict=True)]
 
     def _centred(self, site: Site) -> bool:
         return self.correct_bias and getattr(site.layer, "bias", None) is not None
@@ -223,7 +239,12 @@ class FactorizeLinear(Pass):
     # --- the rewrite -------------------------------------------------------------------------------------------
 
     def _put(
-        self, editor: GraphEditor, group: Group, made: Factors, metric: Metric, moments: Moments | None
+        self,
+        editor: GraphEditor,
+        group: Group,
+        made: Factors,
+        metric: Metric,
+        moments: Moments | PackedMoments | None,
     ) -> list[Rewrite]:
         first = group[0]
         weight = matrix_of(first.layer)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx, nn
 
 from fxcompress.analysis.sizes import GraphSizes
-from fxcompress.analysis.statistics import Moments
+from fxcompress.analysis.statistics import Moments, PackedMoments
 from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
@@ -99,6 +99,7 @@ class SubstituteDepthwiseSeparable(Pass):
         with GraphEditor(graph_module) as editor:
             metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches)
             for done, (site, metric, moments) in enumerate(metrics):
+                assert not isinstance(moments, PackedMoments)  # of matrices alone
                 made = self._decoupled(graph_module, site, metric, moments)
                 if self.cost == "latency" and not self.force and isinstance(made, Decoupled):
                     made = (

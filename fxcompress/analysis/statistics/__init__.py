@@ -13,7 +13,8 @@
 from fxcompress.analysis.statistics.collect import Statistics, collect
 from fxcompress.analysis.statistics.histogram import Histogram, HistogramValue
 from fxcompress.analysis.statistics.kinds import Mean, MeanAbs, MeanSquare, Range, Statistic
-from fxcompress.analysis.statistics.moments import CrossMoment, CrossMoments, Moments, SecondMoment
+from fxcompress.analysis.statistics.moments import CrossMoment, CrossMoments, Moments, PackedMoments, SecondMoment
+from fxcompress.analysis.statistics.triangle import Triangle
 
 __all__ = [
     "CrossMoment",
@@ -24,9 +25,11 @@ __all__ = [
     "MeanAbs",
     "MeanSquare",
     "Moments",
+    "PackedMoments",
     "Range",
     "SecondMoment",
     "Statistic",
     "Statistics",
+    "Triangle",
     "collect",
 ]

@@ -36,7 +36,7 @@ class Statistics:
 
     batches: int
     samples: int
-    _found: Mapping[tuple[str, Statistic], Any]
+    _found: dict[tuple[str, Statistic], Any]
 
     def __getitem__(self, key: tuple[str, Statistic]) -> Any:
         if key not in self._found:
@@ -47,6 +47,12 @@ class Statistics:
 
     def __contains__(self, key: object) -> bool:
         return key in self._found
+
+    def pop(self, key: tuple[str, Statistic]) -> Any:
+        """Like ``statistics[key]``, and not held here any longer."""
+        found = self[key]
+        del self._found[key]
+        return found
 
 
 def collect(

@@ -6,7 +6,7 @@ With the second moment C of the inputs the error of any other weight W' of the l
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from torch import nn
 
 from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
 from fxcompress.analysis.statistics.patches import geometry, is_conv, patches
+from fxcompress.analysis.statistics.triangle import Triangle
 
-__all__ = ["CrossMoment", "CrossMoments", "Moments", "SecondMoment"]
+__all__ = ["CrossMoment", "CrossMoments", "Moments", "PackedMoments", "SecondMoment"]
 
-# Rows that are taken into float64 at once: bounds the memory beside the activation itself.
+# Elements that are taken into float64 at once: bounds the memory beside the activation itself.
 _CHUNK = 1 << 20
+_LEAST = 1 << 16
 _LARGE = 512  # features from which on only half of the symmetric sum is computed,
 _BANDS = 4  # in so many bands
 
@@ -59,6 +61,26 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class PackedMoments:
+    """:class:`Moments` of one group of which little more than one half is held.
+
+    Attributes:
+        half: Σ x xᵀ, ``[d, d]``.
+        sum: Σ x, float64 ``[1, d]``.
+        count: rows.
+    """
+
+    half: Triangle
+    sum: torch.Tensor
+    count: int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of the rows, ``[1, d]``."""
+        return self.sum / self.count
+
+
+@dataclass(frozen=True)
 class SecondMoment(Statistic):
     """:class:`Moments` of the rows that a layer multiplies by its weights.
 
@@ -68,31 +90,44 @@ class SecondMoment(Statistic):
 
     Attributes:
         rows: most rows to take of one batch, evenly spaced; None takes all.
+        packed: :class:`PackedMoments` instead, in 9/16 of the memory; of rows in one group.
     """
 
     of: Any = "input"
     rows: int | None = None
+    packed: bool = False
 
     def start(self, layer: nn.Module | None) -> Accumulator:
         conv: Any = layer if self.of == "output" and is_conv(layer) else None
         dim = -1 if conv is None else -1 - len(conv.kernel_size)
-        return _Products(layer if self.of == "input" else None, self.rows, dim)
+        kind = _Halves if self.packed else _Products
+        return kind(layer if self.of == "input" else None, self.rows, dim)
 
     def shared_by(self, layer: nn.Module | None) -> Hashable:
         return self, geometry(layer) if self.of == "input" else None
 
 
-class _Products(Accumulator):
+class _Rows(Accumulator):
     def __init__(self, layer: nn.Module | None, rows: int | None, dim: int = -1) -> None:
         self.layer, self.rows, self.dim = layer, rows, dim
-        self.total: torch.Tensor | None = None
         self.sum: torch.Tensor | None = None
         self.count = 0
 
+    def pieces(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Rows in float64, ``[groups, rows, d]``; of features no more at once than half of what is added up."""
+        tensor = tensor if self.dim == -1 else tensor.movedim(self.dim, -1)
+        chunk = _CHUNK
+        if not is_conv(self.layer):
+            chunk = min(_CHUNK, max(_LEAST, tensor.shape[-1] ** 2 // 2))
+        for rows in patches(self.layer, tensor, self.rows, chunk):
+            yield rows.double()
+
+
+class _Products(_Rows):
+    total: torch.Tensor | None = None
+
     def add(self, *tensors: torch.Tensor) -> None:
-        tensor = tensors[0] if self.dim == -1 else tensors[0].movedim(self.dim, -1)
-        for rows in patches(self.layer, tensor, self.rows, _CHUNK):  # [groups, rows, d]
-            wide = rows.double()
+        for wide in self.pieces(tensors[0]):
             if self.total is None or self.sum is None:
                 self.total = wide.new_zeros(wide.shape[0], wide.shape[2], wide.shape[2])
                 self.sum = wide.new_zeros(wide.shape[0], wide.shape[2])
@@ -103,7 +138,7 @@ class _Products(Accumulator):
                 for start, stop in _bands(size):  # the lower half alone; `value` mirrors it
                     self.total[0, start:stop, :stop].addmm_(wide[0, :, start:stop].T, wide[0, :, :stop])
             self.sum += wide.sum(1)
-            self.count += rows.shape[1]
+            self.count += wide.shape[1]
 
     def value(self) -> Moments:
         assert self.total is not None and self.sum is not None
@@ -112,6 +147,24 @@ class _Products(Accumulator):
             for start, stop in _bands(size):
                 self.total[0, :start, start:stop] = self.total[0, start:stop, :start].T
         return Moments(self.total, self.sum, self.count)
+
+
+class _Halves(_Rows):
+    half: Triangle | None = None
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        for wide in self.pieces(tensors[0]):
+            assert len(wide) == 1
+            if self.half is None or self.sum is None:
+                self.half = Triangle.zeros(wide.shape[2], wide.device)
+                self.sum = wide.new_zeros(1, wide.shape[2])
+            self.half.add_square(wide[0])
+            self.sum += wide.sum(1)
+            self.count += wide.shape[1]
+
+    def value(self) -> PackedMoments:
+        assert self.half is not None and self.sum is not None
+        return PackedMoments(self.half, self.sum, self.count)
 
 
 def _bands(size: int) -> list[tuple[int, int]]:

@@ -11,13 +11,17 @@ from torch import fx
 
 from fxcompress.analysis.macs import macs
 from fxcompress.analysis.sizes import GraphSizes
-from fxcompress.analysis.statistics import Moments
+from fxcompress.analysis.statistics import Moments, PackedMoments
 from fxcompress.graph.queries import module_of
+from fxcompress.passes.low_rank.in_place import orthonormal
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.products import Packed
 from fxcompress.passes.low_rank.truncate import product
 
 __all__ = ["costs", "errors", "lost_mean", "macs_of"]
+
+_PIECE = 1 << 16  # elements of a weight that are compared at once,
+_ROWS = 32  # and rows at least
 
 
 def macs_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> int | None:
@@ -58,9 +62,10 @@ def errors(
     unknown = not norm
     outer, inner = approximation if isinstance(approximation, tuple) else (approximation, None)
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
-    exact = metric.moment is not None or weight.dtype == torch.float64
+    moment = metric.moment
+    exact = moment is not None or weight.dtype == torch.float64
     wide = torch.float64 if exact else torch.float32
-    step = max(1, (1 << 18) // max(1, weight.shape[-1] * len(weight)))  # pieces that stay in a cache
+    step = max(_ROWS, _PIECE // max(1, weight.shape[-1] * len(weight)))  # small beside a layer, enough for a product
     packed = None if inner is None else [Packed(part.detach().to(wide).T, step) for part in inner]
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
         given, made = old.detach().to(wide), piece.detach().to(wide)
@@ -68,9 +73,9 @@ def errors(
             made = torch.stack([part.after(rows) for part, rows in zip(packed, made, strict=True)])
         difference = given - made
         plain, norm = plain + _energy(difference), norm + (_energy(given) if unknown else 0.0)
-        if metric.moment is not None:
-            loss, energy = loss + float(metric.loss(difference)), energy + float(metric.loss(given))
-    if metric.outputs is not None:
+        if moment is not None:
+            loss, energy = loss + _lost(difference, moment), energy + _lost(given, moment)
+    if metric.of_outputs is not None:
         loss, energy = metric.lost(outer)
     found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}
     if metric.measures:
@@ -80,15 +85,20 @@ def errors(
 
 
 def lost_mean(
-    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], moments: Moments, metric: Metric
+    weight: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], moments: Moments | PackedMoments, metric: Metric
 ) -> torch.Tensor:
     """Mean of what the factors leave out of the output, ``[rows]``, of the moments that the metric is made of."""
     outer, inner = factors
     mean = moments.mean[..., None]
-    if metric.outputs is not None:
-        basis = torch.linalg.qr(outer.double()).Q
+    if metric.of_outputs is not None:
+        basis = orthonormal(outer.mT.double().contiguous().mT)
         return (mean - basis @ (basis.mT @ mean))[0, :, 0]
     return (product(weight, mean) - product(outer, product(inner, mean)))[0, :, 0]
+
+
+def _lost(error: torch.Tensor, moment: torch.Tensor) -> float:
+    """tr(E C Eᵀ)."""
+    return float(((error @ moment) * error).sum())
 
 
 def _energy(tensor: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcompress.analysis.statistics import MeanAbs, Moments, SecondMoment, collect
+from fxcompress.analysis.statistics import MeanAbs, Moments, PackedMoments, SecondMoment, collect
 from fxcompress.analysis.statistics.patches import geometry
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
@@ -22,6 +22,7 @@ from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
 __all__ = ["fits", "site_metrics", "too_wide", "width"]
 
 _BYTES = 1 << 30  # of second moments that are held at once, if not told otherwise
+_LARGE = 512  # rows
 _MOST = 2 << 30  # of the second moment of one site; what needs more goes without data
 
 
@@ -41,13 +42,13 @@ def site_metrics(
     batches: int | None = None,
     centred: Sequence[bool] = (),
     alpha: float | None = None,
-    held: int = _BYTES,
+    held: int | Sequence[int] = _BYTES,
     linear: bool = False,
-) -> Iterator[tuple[Site, Metric, Moments | None]]:
+) -> Iterator[tuple[Site, Metric, Moments | PackedMoments | None]]:
     """Each site with the metric of its errors, and the moments it is made of; one site at a time.
 
-    Data that can be read again is read once for every ``held`` bytes of moments. Where the metric has ``outputs`` the
-    moments are theirs, less the bias.
+    Data that can be read again is read once for every ``held`` bytes of moments, which are let go as soon as the sites
+    that need them were handed out. Where the metric is of outputs the moments are theirs, less the bias.
 
     Args:
         graph_module: as it was before any site changed.
@@ -57,8 +58,9 @@ def site_metrics(
         batches: most batches to read.
         centred: per site, whether a bias takes up the mean.
         alpha: of ASVD; None is the whitened metric.
-        held: bytes of second moments that may be held at once (those of one site at least).
-        linear: whether sites are taken as matrices, of which outputs tell as much as inputs.
+        held: bytes of second moments that may be held at once (those of one site at least); or for each site how many
+            while it is factored.
+        linear: whether sites are taken as matrices, of which outputs tell as much as inputs; their moments are packed.
     """
     if calibration is None:
         for site in sites:
@@ -67,10 +69,11 @@ def site_metrics(
     reads = _reads(sites, linear)
     flags = list(centred) or [False] * len(sites)
     whole = isinstance(calibration, Iterator)  # can be read only once
-    for start, stop in _chunks(reads, None if whole else held):
-        chunk = reads[start:stop]
+    spans = [(0, len(reads))] if whole else list(_chunks(reads, held))
+    for start, stop in spans:
+        chunk = list(zip(reads[start:stop], flags[start:stop], strict=True))
         requests: dict[str, list[Any]] = {}
-        for read in chunk:
+        for read, _ in chunk:
             if not read.without:
                 kinds = [read.statistic, *([] if alpha is None else [_mean_abs(read.site)])]
                 requests |= {node.name: kinds for node in read.site.nodes}
@@ -79,15 +82,14 @@ def site_metrics(
             found = collect(
                 graph_module, calibration, requests, limit=batches, padding=False, progress=context.progress
             )
-        for read, flag in zip(chunk, flags[start:stop], strict=True):
+        for read, flag in chunk:
             site = read.site
             if read.without:
                 yield site, plain_metric(), None
                 continue
-            each = [found[node.name, read.statistic] for node in site.nodes]
-            moments = sum(each[1:], each[0])
-            del each
+            moments = _total([found.pop((node.name, read.statistic)) for node in site.nodes])
             if read.outputs:
+                assert isinstance(moments, PackedMoments)
                 moments = _less(moments, getattr(site.layer, "bias", None))
                 metric = output_metric(moments, width(site.layer), centred=flag)
             else:
@@ -96,6 +98,19 @@ def site_metrics(
                 total = sum(found[node.name, _mean_abs(site)] for node in site.nodes) / len(site.nodes)
                 metric = diagonal_metric(metric, total[None], alpha)
             yield site, metric, moments
+            del moments, metric
+
+
+def _total(each: list[Any]) -> Moments | PackedMoments:
+    """Of all calls of a layer."""
+    first = each[0]
+    if len(each) == 1 or isinstance(first, Moments):
+        found: Moments | PackedMoments = sum(each[1:], first)
+        return found
+    half = first.half.copy()  # others may share it
+    for other in each[1:]:
+        half.add(other.half)
+    return PackedMoments(half, sum(item.sum for item in each), sum(item.count for item in each))
 
 
 @dataclass(frozen=True)
@@ -105,14 +120,16 @@ class _Read:
     Attributes:
         site: of the pass.
         outputs: whether it is what the site produces, rather than what it reads.
+        packed: whether one half of the moment is held.
     """
 
     site: Site
     outputs: bool = False
+    packed: bool = False
 
     @property
     def statistic(self) -> SecondMoment:
-        return SecondMoment("output" if self.outputs else "input")
+        return SecondMoment("output" if self.outputs else "input", packed=self.packed)
 
     @property
     def values(self) -> set[Hashable]:
@@ -126,7 +143,8 @@ class _Read:
         """Of one moment."""
         layer = self.site.layer
         size = layer.weight.shape[0] if self.outputs else width(layer)
-        return 8 * size**2 * int(getattr(layer, "groups", 1))
+        whole = 8 * int(size) ** 2 * int(getattr(layer, "groups", 1))
+        return whole * 9 // 16 if self.packed else whole
 
     @property
     def without(self) -> bool:
@@ -136,7 +154,7 @@ class _Read:
 
 def _reads(sites: Sequence[Site], linear: bool) -> list[_Read]:
     """By outputs where that takes less memory for all sites that read the same value together."""
-    reads = [_Read(site) for site in sites]
+    reads = [_Read(site, packed=linear) for site in sites]
     if not linear:
         return reads
     sharing: dict[Hashable, list[_Read]] = defaultdict(list)
@@ -144,11 +162,14 @@ def _reads(sites: Sequence[Site], linear: bool) -> list[_Read]:
         sharing[frozenset(read.values)].append(read)
     smaller: set[str] = set()
     for values, members in sharing.items():
-        apart = [_Read(read.site, True) for read in members]
+        apart = [_Read(read.site, True, True) for read in members]
         cost = sum(read.bytes * len(read.values) for read in apart)
-        if all(_exact(read.site) for read in apart) and cost < members[0].bytes * len(values):  # type: ignore[arg-type]
+        together = members[0].bytes * len(values)  # type: ignore[arg-type]
+        # Of a large square layer the moment of outputs serves as the Gram matrix too.
+        less = cost < together or (cost == together and apart[0].site.layer.weight.shape[0] >= _LARGE)
+        if all(_exact(read.site) for read in apart) and less:
             smaller.update(read.site.path for read in apart)
-    return [_Read(read.site, read.site.path in smaller) for read in reads]
+    return [_Read(read.site, read.site.path in smaller, True) for read in reads]
 
 
 def _exact(site: Site) -> bool:
@@ -157,14 +178,13 @@ def _exact(site: Site) -> bool:
     return type(site.layer) in (nn.Linear, *CONVS) and weight.dtype in (torch.float32, torch.float64)
 
 
-def _less(moments: Moments, bias: torch.Tensor | None) -> Moments:
-    """Moments of y − bias from those of y."""
+def _less(moments: PackedMoments, bias: torch.Tensor | None) -> PackedMoments:
+    """Moments of y − bias from those of y, which are overwritten."""
     if bias is None:
         return moments
-    shift = bias.detach().double()[None]
-    cross = moments.sum[..., None] * shift[:, None, :]
-    own = moments.count * shift[..., None] * shift[:, None, :]
-    return Moments(moments.total - cross - cross.mT + own, moments.sum - moments.count * shift, moments.count)
+    shift = bias.detach().double()
+    moments.half.subtract(moments.sum[0] - moments.count / 2 * shift, shift)
+    return PackedMoments(moments.half, moments.sum - moments.count * shift, moments.count)
 
 
 def _mean_abs(site: Site) -> MeanAbs:
@@ -181,18 +201,19 @@ def too_wide(sites: Sequence[Site], *, linear: bool = False) -> str:
     return f"What {names} read of the data is too wide for its second moment: factored without data."
 
 
-def fits(sites: Sequence[Site], held: int = _BYTES, *, linear: bool = False) -> bool:
+def fits(sites: Sequence[Site], held: int | Sequence[int] = _BYTES, *, linear: bool = False) -> bool:
     """Whether the data is read once for all sites."""
     return len(list(_chunks(_reads(sites, linear), held))) <= 1
 
 
-def _chunks(reads: Sequence[_Read], most: int | None) -> Iterator[tuple[int, int]]:
-    """Spans of sites whose moments take no more bytes than ``most``; layers that read the same value share one."""
+def _chunks(reads: Sequence[_Read], held: int | Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Spans of sites whose moments take no more bytes than may be; layers that read the same value share one."""
+    most = [held] * len(reads) if isinstance(held, int) else held
     start, taken = 0, 0
     known: set[Hashable] = set()
     for index, read in enumerate(reads):
         size = 0 if read.without else read.bytes * len(read.values - known)
-        if most is not None and index > start and taken + size > most:
+        if size and index > start and taken + size > min(most[start : index + 1]):
             yield start, index
             start, taken, known = index, 0, set()
             size = 0 if read.without else read.bytes * len(read.values)

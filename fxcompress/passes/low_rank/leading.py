@@ -9,9 +9,11 @@ the block is handed out only where that is nothing against what every matrix of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+
+from fxcompress.passes.low_rank.in_place import eigh, orthonormal
 
 __all__ = ["block_width", "leading", "trusted"]
 
@@ -20,6 +22,8 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
 _CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
+_PANELS = 6  # in which a block is multiplied, so that what is made on the way is small
+_WIDE = 128  # columns of a panel at least
 _PROBES, _STEPS = 1, 32  # of the Lanczos runs
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
@@ -55,10 +59,9 @@ def leading(
     # From a random block the wanted components may not fall behind the largest by more than the dtype can carry.
     spread = math.acosh(max(2 * top / floor - 1, 1)) - math.acosh(2 * last / floor - 1)
     degree = min(_DEGREE, max(1, int(math.log(_CARRIED) / max(spread, 1e-6))))
-    block = torch.linalg.qr(_filtered(product, block, floor, degree, top)).Q
+    block = orthonormal(_filtered(product, block, floor, degree, top))
     for sweep in range(_SWEEPS + 1):
-        image = product(block)
-        ritz, turned = torch.linalg.eigh(block.mT @ image)
+        ritz, turned = eigh(_projected(product, block))
         ritz, turned = ritz.double().flip(-1).clamp_min(0), turned.flip(-1)
         wanted, floor = ritz[:rank], float(ritz[-1])
         top, last = float(wanted[0]), float(wanted[-1])
@@ -68,11 +71,11 @@ def leading(
         if not trusted(top, loss, rank, block.dtype):
             if block.dtype == torch.float64:
                 return None
-            block = torch.linalg.qr(block.double()).Q
+            block = orthonormal(block.double())
             continue
-        block, image = (turned.T @ block.T).T, (turned.T @ image.T).T  # by columns, as products are
-        residual = (image[:, :rank] - block[:, :rank] * wanted.to(block.dtype)).square().sum(0).double()
-        del image
+        for rows in block.split(-(-size // _PANELS)):
+            rows.copy_(rows @ turned)
+        residual = _residual(product, block[:, :rank], wanted)
         missing = residual / torch.maximum(wanted - floor, residual.sqrt()).clamp_min(1e-300)
         if float(missing.sum()) <= _LACKING * loss:
             return block[:, :rank], wanted
@@ -82,7 +85,7 @@ def leading(
         degree = 1 + math.ceil(wanted_fall / math.acosh(edge)) if edge > 1 else _HOPELESS
         if sweep == _SWEEPS or degree >= _HOPELESS:
             return None
-        block = torch.linalg.qr(_filtered(product, block, floor, min(degree, _DEGREE), top)).Q
+        block = orthonormal(_filtered(product, block, floor, min(degree, _DEGREE), top))
     return None
 
 
@@ -120,13 +123,42 @@ def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:
 
 
 def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, top: float) -> torch.Tensor:
-    """The Chebyshev polynomial of [0, floor], scaled to about one at ``top``, of the matrix times ``block``."""
+    """The Chebyshev polynomial of [0, floor], scaled to about one at ``top``, of the matrix times ``block``.
+
+    Writes into the block: no more than two blocks live at once.
+    """
     half = floor / 2
     scale = half / (top - half)
     first = scale
-    before, now = block, product(block).add_(block, alpha=-half).mul_(first / half)
+    before, now = block, torch.empty_like(block)
+    for given, made in _panels(before, now):
+        made.copy_(product(given).add_(given, alpha=-half).mul_(first / half))
     for _ in range(degree - 1):
         after = 1 / (2 / first - scale)
-        made = product(now).add_(now, alpha=-half).mul_(2 * after / half).add_(before, alpha=-scale * after)
-        before, now, scale = now, made, after
+        for given, made in _panels(now, before):
+            image = product(given).add_(given, alpha=-half)
+            made.mul_(-scale * after).add_(image, alpha=2 * after / half)
+        before, now, scale = now, before, after
     return now
+
+
+def _projected(product: Product, block: torch.Tensor) -> torch.Tensor:
+    """``blockᵀ · matrix · block``."""
+    found = block.new_empty(block.shape[1], block.shape[1])
+    for given, made in _panels(block, found):
+        torch.matmul(block.T, product(given), out=made)
+    return found
+
+
+def _residual(product: Product, block: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Squared norms of ``matrix · block − block · values``, float64."""
+    found = torch.empty_like(values)
+    for given, scale, made in _panels(block, values.to(block.dtype), found):
+        made.copy_((product(given) - given * scale).square().sum(0))
+    return found
+
+
+def _panels(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same columns of all of them (of vectors the elements), a few at a time."""
+    step = max(_WIDE, -(-tensors[0].shape[-1] // _PANELS))
+    return zip(*(tensor.split(step, -1) for tensor in tensors), strict=True)

@@ -12,15 +12,19 @@ Everything is float64 and batched over the groups of a convolution, ``[groups, �
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from fxcompress.analysis.statistics import Moments
+from fxcompress.analysis.statistics import Moments, PackedMoments, Triangle
+from fxcompress.passes.low_rank.in_place import orthonormal
 
 __all__ = ["Metric", "data_metric", "diagonal_metric", "output_metric", "plain_metric"]
 
+_COLUMNS = 128  # of a basis that are multiplied at once
+_PIECES = 8  # in which a matrix is overwritten by a product with it
 _JITTER = 1e-8  # of the mean variance; grows tenfold until the Cholesky factor exists
 
 
@@ -29,20 +33,25 @@ class Metric:
     """What errors are weighted with.
 
     Attributes:
-        moment: Σ x xᵀ of the data as it is, ``[groups, d, d]``, for the loss; None without it.
-        outputs: Σ y yᵀ of y = W x in its place, ``[groups, rows, rows]``.
+        of_inputs: Σ x xᵀ of the data as it is, ``[groups, d, d]``, for the loss; None without it.
+        of_outputs: Σ y yᵀ of y = W x in its place, of one group.
         scale: a diagonal to weight with in the place of the moment's root, ``[groups, d]``.
         weighs: False where the moment only measures, and every entry of the weight counts the same.
         singular: whether the data has too few rows for the moment to have a root.
         rows: of the data; 0 without.
     """
 
-    moment: torch.Tensor | None = None
-    outputs: torch.Tensor | None = None
+    of_inputs: torch.Tensor | Triangle | None = None
+    of_outputs: Triangle | None = None
     scale: torch.Tensor | None = None
     weighs: bool = True
     singular: bool = False
     rows: int = 0
+
+    @property
+    def moment(self) -> torch.Tensor | None:
+        """Σ x xᵀ, ``[groups, d, d]``; of a packed one made anew each time: it lives no longer than needed."""
+        return self.of_inputs.full()[None] if isinstance(self.of_inputs, Triangle) else self.of_inputs
 
     @property
     def plain(self) -> bool:
@@ -52,7 +61,7 @@ class Metric:
     @property
     def measures(self) -> bool:
         """Whether it knows the loss on data."""
-        return self.moment is not None or self.outputs is not None
+        return self.of_inputs is not None or self.of_outputs is not None
 
     @property
     def jitter(self) -> float:
@@ -68,8 +77,12 @@ class Metric:
         if self.scale is not None:
             return gram.mul_(self.scale[:, None, :]).mul_(self.scale[..., None])
         root = self._root()
-        half = gram @ root
-        return torch.matmul(root.mT, half, out=gram)
+        step = -(-root.shape[-1] // _PIECES)
+        for rows in gram.split(step, -2):
+            rows.copy_(rows @ root)
+        for columns in gram.split(step, -1):
+            columns.copy_(root.mT @ columns)
+        return gram
 
     def scaled(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight · S`` of a diagonal S for a float64 weight ``[groups, rows, d]``; without one the weight."""
@@ -89,44 +102,44 @@ class Metric:
             step: rows that are taken into float64 at once.
         """
         rows = weight.shape[-2]
-        if self.outputs is not None and self.scale is None:
+        if self.of_outputs is not None and self.scale is None:
             if not self.singular:
-                return self.outputs
+                return self.of_outputs.full()[None]
             plain = Metric().by_rows(weight, step)
-            return plain.mul_(_JITTER * _trace(self.outputs) / _trace(plain).clamp_min(1e-300)).add_(self.outputs)
+            plain.mul_(_JITTER * self.of_outputs.trace / _trace(plain).clamp_min(1e-300))
+            return plain.add_(self.of_outputs.full())
         found = weight.new_empty(len(weight), rows, rows, dtype=torch.float64)
+        moment = None if self.plain or self.scale is not None else self.moment
+        jitter = _JITTER * _level(moment) if moment is not None and self.singular else None
         for start in range(0, rows, step):
-            left = self._weighted(weight[:, start : start + step].double())
+            left = weight[:, start : start + step].double()
+            if moment is None:
+                left = self.scaled(left)
+            else:
+                left = left @ moment if jitter is None else (left @ moment).add_(left * jitter)
             for other in range(0, start + 1, step):  # the lower half: it is symmetric
                 part = left @ self.scaled(weight[:, other : other + step].double()).mT
                 found[:, start : start + step, other : other + step] = part
                 found[:, other : other + step, start : start + step] = part.mT
         return found
 
-    def _weighted(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight · C`` of a moment (with its jitter), or ``weight · S`` of a diagonal."""
-        if self.plain or self.scale is not None:
-            return self.scaled(weight)
-        assert self.moment is not None
-        found = weight @ self.moment
-        return found.add_(weight * (_JITTER * _level(self.moment))) if self.singular else found
-
-    def loss(self, error: torch.Tensor) -> torch.Tensor:
-        """tr(E C Eᵀ) on the data (without data: ‖E‖²) of ``[groups, rows, d]``, summed. Not of ``outputs``."""
-        if self.moment is None:
-            return error.square().sum()
-        return ((error @ self.moment) * error).sum()
+    def product(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Of ``(weight · S)(weight · S)ᵀ`` and a float64 block, without that matrix; None where it has to be made."""
+        if self.of_outputs is None or self.plain or self.scale is not None or self.singular:
+            return None
+        return self.of_outputs.times
 
     def lost(self, outer: torch.Tensor) -> tuple[float, float]:
         """Loss on the data, and energy of the outputs: of what is left of a weight projected on the span of ``outer``.
 
         Args:
-            outer: ``[groups, rows, rank]``; needs ``outputs``.
+            outer: ``[1, rows, rank]``; needs ``of_outputs``.
         """
-        assert self.outputs is not None
-        energy = float(_trace(self.outputs).sum())
-        basis = torch.linalg.qr(outer.double()).Q
-        return energy - float(((self.outputs @ basis) * basis).sum()), energy
+        assert self.of_outputs is not None
+        basis = orthonormal(outer[0].T.double().contiguous().T)
+        kept = sum(float((self.of_outputs.times(part) * part).sum()) for part in basis.split(_COLUMNS, 1))
+        energy = self.of_outputs.trace
+        return energy - kept, energy
 
     def _root(self) -> torch.Tensor:
         """The Cholesky factor of the moment. Made anew when it is asked for: it costs little and is as large."""
@@ -141,13 +154,16 @@ class Metric:
         return jitter
 
     def _cholesky(self, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.moment is not None
         given = self.moment
-        if jitter:
+        assert given is not None
+        if given is self.of_inputs:
             given = given.clone()
-            given.diagonal(dim1=-2, dim2=-1).add_(jitter * _level(self.moment)[..., 0])
-        found: tuple[torch.Tensor, torch.Tensor] = torch.linalg.cholesky_ex(given)
-        return found
+        if jitter:
+            given.diagonal(dim1=-2, dim2=-1).add_(jitter * _level(given)[..., 0])
+        info = torch.empty(0, dtype=torch.int32, device=given.device)
+        # By columns, as LAPACK has it, so that the factor takes the place of the matrix.
+        root, info = torch.linalg.cholesky_ex(given.mT, out=(given.mT, info))
+        return root, info
 
 
 def plain_metric() -> Metric:
@@ -155,18 +171,23 @@ def plain_metric() -> Metric:
     return Metric()
 
 
-def data_metric(moments: Moments, *, centred: bool = False) -> Metric:
+def data_metric(moments: Moments | PackedMoments, *, centred: bool = False) -> Metric:
     """The loss on the data that ``moments`` were collected on.
 
     Args:
         moments: of the layer's input.
         centred: of x − mean(x): for a layer whose bias takes up what the mean loses.
     """
-    moment = moments.covariance * moments.count if centred else moments.total
-    return Metric(moment, singular=moments.count <= moment.shape[-1], rows=moments.count)
+    moment: torch.Tensor | Triangle
+    if isinstance(moments, PackedMoments):
+        moment, width = _of(moments, centred), moments.half.size
+    else:
+        moment = moments.covariance * moments.count if centred else moments.total
+        width = moment.shape[-1]
+    return Metric(moment, singular=moments.count <= width, rows=moments.count)
 
 
-def output_metric(moments: Moments, width: int, *, centred: bool = False) -> Metric:
+def output_metric(moments: PackedMoments, width: int, *, centred: bool = False) -> Metric:
     """The same loss, by the moments of what the layer produces without its bias.
 
     Args:
@@ -174,8 +195,15 @@ def output_metric(moments: Moments, width: int, *, centred: bool = False) -> Met
         width: of the layer's rows.
         centred: as for :func:`data_metric`.
     """
-    moment = moments.covariance * moments.count if centred else moments.total
-    return Metric(outputs=moment, singular=moments.count <= width, rows=moments.count)
+    return Metric(of_outputs=_of(moments, centred), singular=moments.count <= width, rows=moments.count)
+
+
+def _of(moments: PackedMoments, centred: bool) -> Triangle:
+    if not centred:
+        return moments.half
+    half = moments.half.copy()
+    half.subtract(moments.sum[0], moments.mean[0] / 2)
+    return half
 
 
 def diagonal_metric(metric: Metric, mean_abs: torch.Tensor, alpha: float) -> Metric:

@@ -12,7 +12,6 @@ from torch.nn import functional
 __all__ = ["Packed", "dot", "square"]
 
 _WORTH = 1 << 24  # multiply-accumulates from which on a change of layout is nothing
-_FEW = 8  # rows that are no work
 _BANDS = 4  # in which a symmetric product is made
 _WIDE = 1024  # columns of a matrix that are multiplied by their own transpose at once
 
@@ -26,13 +25,16 @@ class Packed:
     """
 
     def __init__(self, matrix: torch.Tensor, rows: int) -> None:
-        self.matrix = matrix
-        self._packed = _packed(matrix) if _served(matrix, rows * matrix.numel()) else None
+        self.dtype = matrix.dtype
+        served = _served(matrix, rows * matrix.numel())
+        self._given = None if served else matrix
+        self._packed = _packed(matrix) if served else None
 
     def after(self, left: torch.Tensor) -> torch.Tensor:
         """``left @ matrix.T``, ``[m, n]`` of ``[m, k]``."""
-        if self._packed is None or len(left) < _FEW:
-            return left @ self.matrix.T
+        if self._packed is None:
+            assert self._given is not None
+            return left @ self._given.T
         return _times(_packed(left), self._packed)
 
 

@@ -14,19 +14,21 @@ Gram matrix, which is looked at afterwards; all else is float64, where the Gram 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from fxcompress.passes.low_rank.in_place import eigh, orthonormal
 from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.products import Packed, square
 
 __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
-_CHUNK = 1 << 18  # elements of a weight that are taken into float64 at once
+_CHUNK = 1 << 16  # elements of a weight that are taken into float64 at once: little beside a layer,
+_ROWS = 64  # and rows at least: enough for a product
 _LARGE = 512  # from this size on rounding and time are worth a thought
-_FEW = 5  # times the rank, not more than the full one: few enough for a block of vectors
+_FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,11 @@ def truncate(
         if choose >= full:
             return choose
         if full >= _LARGE and len(weight) == 1:
-            # Made before the work space, so that what is freed stays in one piece for the next weight.
-            outer = weight.new_empty(1, weight.shape[1], choose)
-            inner = weight.new_empty(1, choose, weight.shape[2])
             found = _large(weight, metric, choose, seed if randomized else None)
             if found is not None:
-                return replace(found, outer=outer.copy_(found.outer), inner=inner.copy_(found.inner))
-            del outer, inner
+                return found
     matrix, by_rows = gram(weight, metric)
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     del matrix
     energy = values.flip(-1).clamp_min(0)
     rank = choose if isinstance(choose, int) else choose(energy)
@@ -137,34 +135,54 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) ->
     """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
     narrow = metric.plain and weight.dtype != torch.float64
     dtype = torch.float32 if narrow else torch.float64
-    matrix, by_rows = gram(weight, metric, dtype)
-    full = matrix.shape[-1]
+    by_rows = weight.shape[-2] <= weight.shape[-1]
+    full = min(weight.shape[-2:])
     if seed is not None and rank * _FEW <= full:
-        held = [Packed(matrix[0], rank)]
-
-        def multiply(block: torch.Tensor) -> torch.Tensor:
-            if held[0].matrix.dtype != block.dtype:
-                held[0] = Packed(gram(weight, metric)[0][0], rank)
-            return held[0].after(block.T).T
-
-        found = leading(multiply, full, rank, lambda: _trace(held[0].matrix), like=matrix, seed=seed)
-        total = torch.tensor([_trace(held[0].matrix)], dtype=torch.float64)
-        held.clear()
+        held = _Gram(weight, metric, dtype, rank)
+        like = weight.new_empty(0, dtype=dtype)
+        found = leading(held.times, full, rank, held.trace, like=like, seed=seed)
+        total = torch.tensor([held.trace()], dtype=torch.float64)
+        del held
         if found is not None:
-            del matrix
             return _factors(weight, metric, found[0][None], by_rows, found[1][None], total, randomized=True)
     if not narrow:
         return None
-    values, vectors = torch.linalg.eigh(matrix)
-    del matrix
+    values, vectors = eigh(gram(weight, metric, dtype)[0])
     energy = values.double().flip(-1).clamp_min(0)
     if not trusted(float(energy[0, 0]), float(energy[0, rank:].sum()), rank, dtype):
         return None
-    return _factors(weight, metric, vectors[..., -rank:].flip(-1), by_rows, energy, energy.sum(-1))
+    vectors = vectors[..., -rank:].flip(-1)  # a copy: the others are let go
+    return _factors(weight, metric, vectors, by_rows, energy, energy.sum(-1))
 
 
-def _trace(matrix: torch.Tensor) -> float:
-    return float(matrix.diagonal().double().sum())
+class _Gram:
+    """The smaller Gram matrix of W S as an operator, made in the dtype of the blocks that it is asked to multiply."""
+
+    def __init__(self, weight: torch.Tensor, metric: Metric, dtype: torch.dtype, rank: int) -> None:
+        self.weight, self.metric, self.rank = weight, metric, rank
+        self.make(dtype)
+
+    def make(self, dtype: torch.dtype) -> None:
+        self.dtype, self.packed = dtype, None
+        self.unmade = self.metric.product()
+        if self.unmade is not None:
+            assert self.metric.of_outputs is not None
+            self.size = self.metric.of_outputs.trace
+            return
+        matrix = gram(self.weight, self.metric, dtype)[0][0]
+        self.size = float(matrix.diagonal().double().sum())
+        self.packed = Packed(matrix, self.rank)
+
+    def times(self, block: torch.Tensor) -> torch.Tensor:
+        if block.dtype != self.dtype:
+            self.make(block.dtype)
+        if self.unmade is not None:
+            return self.unmade(block)
+        assert self.packed is not None
+        return self.packed.after(block.T).T
+
+    def trace(self) -> float:
+        return self.size
 
 
 def _factors(
@@ -182,12 +200,17 @@ def _factors(
         half = _half(torch.linalg.vector_norm(outer, dim=-2))
         inner = (vectors.mT * half[..., None]).to(weight.dtype)
         return Factors(outer.div_(half[:, None, :]).to(weight.dtype), inner, energy, total, randomized)
-    basis = vectors if by_rows else torch.linalg.qr(product(weight, metric.unscaled(vectors))).Q
+    if by_rows:
+        basis = vectors
+    else:
+        seen = metric.unscaled(vectors)
+        basis = orthonormal(product(weight, seen, by_columns=True))
+        del seen
     del vectors
     inner = product(weight.mT, basis).mT  # [groups, rank, d]
     half = _half(torch.linalg.vector_norm(inner, dim=-1))
-    outer = basis.mul_(half[:, None, :]).to(weight.dtype)
     inner = weight.new_empty(inner.shape).copy_(inner.div_(half[..., None]))
+    outer = weight.new_empty(basis.shape).copy_(basis.mul_(half[:, None, :]))
     return Factors(outer, inner, energy, total, randomized)
 
 
@@ -195,9 +218,10 @@ def _half(norm: torch.Tensor) -> torch.Tensor:
     return torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
 
 
-def product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def product(weight: torch.Tensor, right: torch.Tensor, *, by_columns: bool = False) -> torch.Tensor:
     """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
-    made = right.new_empty(len(weight), weight.shape[-2], right.shape[-1])
+    shape = (len(weight), weight.shape[-2], right.shape[-1])
+    made = right.new_empty(shape[0], shape[2], shape[1]).mT if by_columns else right.new_empty(shape)
     step = _step(weight.shape[-1], len(weight))
     packed = [Packed(part, step) for part in right.mT]
     for start in range(0, weight.shape[-2], step):
@@ -207,4 +231,4 @@ def product(weight: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _step(width: int, groups: int) -> int:
-    return max(1, _CHUNK // max(1, width * groups))
+    return max(_ROWS, _CHUNK // max(1, width * groups))

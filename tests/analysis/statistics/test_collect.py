@@ -1,3 +1,9 @@
+import gc
+import math
+import weakref
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +19,7 @@ from fxcompress.analysis.statistics import (
     SecondMoment,
     collect,
 )
+from fxcompress.analysis.statistics.kinds import Accumulator, Statistic
 from fxcompress.capture import capture
 from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.copying import copy_graph
@@ -249,3 +256,49 @@ def test_a_device_that_cannot_be_used_is_refused(device):
     graph = capture(nn.Linear(3, 2).eval(), (torch.randn(2, 3),))
     with pytest.raises(OptionError, match=device):
         collect(graph, [torch.randn(2, 3)], {}, device=device)
+
+
+class _Seen(Accumulator):
+    refs: ClassVar[list[weakref.ref]] = []
+
+    def __init__(self):
+        self.last = None
+        self.refs.append(weakref.ref(self))
+
+    def add(self, *tensors):
+        self.last = tensors[0]
+        self.refs.append(weakref.ref(self.last))
+
+    def value(self):
+        return torch.zeros(1)
+
+
+@dataclass(frozen=True)
+class _Watch(Statistic):
+    def start(self, layer):
+        return _Seen()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_waits_for_a_collection_of_cycles(fails):
+    """Neither activations nor what is added up: of a large model that is as much as its largest layers."""
+    graph_module = graph_of(small(), torch.randn(4, 6))
+    first = names(graph_module)["0"]
+    data = [torch.randn(8, 6), torch.randn(8, 6) * (math.inf if fails else 1)]
+    _Seen.refs.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        statistics = None
+        try:
+            statistics = collect(graph_module, data, {first: [_Watch(), SecondMoment(packed=True)]})
+        except PreconditionError:
+            assert fails
+        assert (statistics is None) == fails
+        assert len(_Seen.refs) == 3
+        assert [ref() for ref in _Seen.refs] == [None] * 3
+        if statistics is not None:
+            moment = weakref.ref(statistics.pop((first, SecondMoment(packed=True))).half.bands[0])
+            assert moment() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,63 @@
+"""What lives beside the model stays within three times its largest layer, and how often the data is read for that."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.low_rank.memory import block, work_bytes
+from fxcompress.capture import capture
+from fxcompress.graph.copying import copy_graph
+from fxcompress.passes import FactorizeLinear, PassContext
+
+
+def square(width):
+    return nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+
+
+@pytest.mark.parametrize(("model", "largest"), [(block(512), 4 * 512**2), (square(640), 640**2)])
+@pytest.mark.parametrize("rows", [0, 1280])
+def test_the_peak_with_default_options(model, largest, rows):
+    assert work_bytes(model, 0.5, rows=rows) <= 3 * 4 * largest
+
+
+class Counted(list):
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+class Attention(nn.Module):
+    """Three layers that read the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(160, 160) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) * self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize(("moments", "reads"), [(1024, 1), (1, 3), (None, 3)])
+def test_portions_change_nothing_but_how_often_data_is_read(moments, reads):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(400, 400) for _ in range(3))).eval()
+    graph_module = capture(model, (torch.randn(2, 400),), dynamic_shapes="batch")
+    batches = Counted(torch.randn(900, 400).split(300))
+    pass_ = FactorizeLinear(ratio=0.5, calibration=batches, moments_mib=moments)
+    result = pass_.run(copy_graph(graph_module), PassContext())
+    assert batches.reads == reads
+    once = FactorizeLinear(ratio=0.5, calibration=list(batches), moments_mib=1024)
+    for mine, other in zip(
+        result.graph_module.parameters(), once.run(graph_module, PassContext()).graph_module.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_layers_that_read_the_same_share_a_reading():
+    torch.manual_seed(0)
+    graph_module = capture(Attention().eval(), (torch.randn(2, 160),), dynamic_shapes="batch")
+    batches = Counted([torch.randn(400, 160)])
+    FactorizeLinear(ratio=0.5, calibration=batches).run(graph_module, PassContext())
+    assert batches.reads == 1
