@@ -13,7 +13,7 @@ from fxcompress.analysis.macs import macs
 from fxcompress.analysis.sizes import GraphSizes
 from fxcompress.analysis.statistics import Moments, PackedMoments
 from fxcompress.graph.queries import module_of
-from fxcompress.passes.low_rank.in_place import orthonormal
+from fxcompress.passes.low_rank.in_place import basis_of
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.products import Packed
 from fxcompress.passes.low_rank.truncate import product
@@ -91,7 +91,7 @@ def lost_mean(
     outer, inner = factors
     mean = moments.mean[..., None]
     if metric.of_outputs is not None:
-        basis = orthonormal(outer.mT.double().contiguous().mT)
+        basis = basis_of(outer)
         return (mean - basis @ (basis.mT @ mean))[0, :, 0]
     return (product(weight, mean) - product(outer, product(inner, mean)))[0, :, 0]
 

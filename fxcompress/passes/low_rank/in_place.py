@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["eigh", "orthonormal"]
+__all__ = ["basis_of", "eigh", "orthonormal"]
 
 
 def eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,3 +24,9 @@ def orthonormal(block: torch.Tensor) -> torch.Tensor:
     torch.geqrf(block, out=(block, coefficients))
     found: torch.Tensor = torch.linalg.householder_product(block, coefficients, out=block)
     return found
+
+
+def basis_of(block: torch.Tensor) -> torch.Tensor:
+    """A float64 orthonormal basis of the columns of ``[…, n, k]``, which stays as it is."""
+    columns = block.new_empty(block.mT.shape, dtype=torch.float64).copy_(block.mT)
+    return orthonormal(columns.mT)

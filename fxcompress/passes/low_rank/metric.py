@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 
 from fxcompress.analysis.statistics import Moments, PackedMoments, Triangle
-from fxcompress.passes.low_rank.in_place import orthonormal
+from fxcompress.passes.low_rank.in_place import basis_of
 
 __all__ = ["Metric", "data_metric", "diagonal_metric", "output_metric", "plain_metric"]
 
@@ -136,7 +136,7 @@ class Metric:
             outer: ``[1, rows, rank]``; needs ``of_outputs``.
         """
         assert self.of_outputs is not None
-        basis = orthonormal(outer[0].T.double().contiguous().T)
+        basis = basis_of(outer[0])
         kept = sum(float((self.of_outputs.times(part) * part).sum()) for part in basis.split(_COLUMNS, 1))
         energy = self.of_outputs.trace
         return energy - kept, energy

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxcompress.passes.low_rank.in_place import eigh, orthonormal
+from fxcompress.passes.low_rank.in_place import basis_of, eigh, orthonormal
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -28,3 +28,13 @@ def test_the_basis_lies_where_the_block_was(dtype):
     assert basis.data_ptr() == place
     torch.testing.assert_close(basis.T @ basis, torch.eye(5, dtype=dtype), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(basis @ (basis.T @ given), given, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_basis_of_factors_leaves_them_as_they_are(dtype, rank):
+    outer = torch.randn(1, 30, rank, dtype=dtype)
+    before = outer.clone()
+    basis = basis_of(outer)[0]
+    assert torch.equal(outer, before)
+    torch.testing.assert_close(basis @ (basis.T @ outer[0].double()), outer[0].double(), rtol=1e-5, atol=1e-5)
