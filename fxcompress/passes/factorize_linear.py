@@ -14,7 +14,7 @@ from fxcompress.errors import OptionError
 from fxcompress.graph.edit import GraphEditor, copy_graph
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.passes.low_rank.account import costs, errors, lost_mean, macs_of
-from fxcompress.passes.low_rank.budget import PEAK, largest_layer, working
+from fxcompress.passes.low_rank.budget import LEAST, PEAK, largest_layer, working
 from fxcompress.passes.low_rank.data import fits, site_metrics, too_wide
 from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.linear_sites import (
@@ -65,7 +65,7 @@ class FactorizeLinear(Pass):
         batches: most batches to read; None reads all.
         moments_mib: of second moments that may be held at once (those of one layer at least); where more are needed the
             data is read again. None holds as many as keep what lives beside the model within three times its largest
-            layer.
+            layer, or 1 MiB.
         correct_bias: let the bias take up the mean of the error, which allows a smaller one.
         refit: fit ``fc.1`` of each layer in turn, by least squares on the data, to the original output from the inputs
             that the layers changed before it produce.
@@ -137,7 +137,7 @@ class FactorizeLinear(Pass):
                 del metric, moments, result, change  # before the next one's are made
         if self.refit and rewrites:
             assert self.calibration is not None
-            held = largest_layer(original) if self.moments_mib is None else self.moments_mib << 20
+            held = max(LEAST, largest_layer(original)) if self.moments_mib is None else self.moments_mib << 20
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context, held=held)
         note = too_wide([group[0] for group in groups.values()], linear=True) if self.calibration is not None else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
@@ -211,7 +211,7 @@ class FactorizeLinear(Pass):
         goal, peak = goal_of(self), PEAK * largest_layer(original)
         known = self.scope == "local" and not goal.needs_spectrum
         ranks = [goal.fixed(price_of(site.layer)) if known else None for site in sites]
-        return [peak - working(site.layer, rank) for site, rank in zip(sites, ranks, strict=True)]
+        return [max(LEAST, peak - working(site.layer, rank)) for site, rank in zip(sites, ranks, strict=True)]
 
     def _centred(self, site: Site) -> bool:
         return self.correct_bias and getattr(site.layer, "bias", None) is not None

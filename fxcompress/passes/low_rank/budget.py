@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PEAK", "largest_layer", "working"]
+__all__ = ["LEAST", "PEAK", "largest_layer", "working"]
 
 PEAK = 3  # times the largest layer: what may live beside the model, and beside the factors of other layers
+LEAST = 1 << 20  # bytes of moments that may always be held: in tiny models a reading costs more than they do
 _PIECES = 1 << 20  # of what is taken into float64 a piece at a time
 
 
