@@ -23,7 +23,7 @@ _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
 _CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
 _PANELS = 6  # in which a block is multiplied, so that what is made on the way is small
-_WIDE = 64  # columns of a panel at least
+_WIDE = 32  # columns of a panel at least
 _PROBES, _STEPS = 1, 32  # of the Lanczos runs
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
@@ -73,8 +73,8 @@ def leading(
                 return None
             block = orthonormal(block.double())
             continue
-        for rows in block.split(-(-size // _PANELS)):
-            rows.copy_(rows @ turned)
+        _rotate(block, turned)
+        del turned
         residual = _residual(product, block[:, :rank], wanted)
         missing = residual / torch.maximum(wanted - floor, residual.sqrt()).clamp_min(1e-300)
         if float(missing.sum()) <= _LACKING * loss:
@@ -148,6 +148,12 @@ def _projected(product: Product, block: torch.Tensor) -> torch.Tensor:
     for given, made in _panels(block, found):
         torch.matmul(block.T, product(given), out=made)
     return found
+
+
+def _rotate(block: torch.Tensor, turned: torch.Tensor) -> None:
+    """``block · turned`` in the place of the block."""
+    for rows in block.split(-(-len(block) // _PANELS)):
+        rows.copy_(rows @ turned)
 
 
 def _residual(product: Product, block: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

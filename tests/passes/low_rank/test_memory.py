@@ -14,8 +14,8 @@ def square(width):
     return nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
 
 
-@pytest.mark.parametrize(("model", "largest"), [(block(512), 4 * 512**2), (square(640), 640**2)])
-@pytest.mark.parametrize("rows", [0, 1280])
+@pytest.mark.parametrize(("model", "largest"), [(block(512), 4 * 512**2), (square(768), 768**2)])
+@pytest.mark.parametrize("rows", [0, 1536])
 def test_the_peak_with_default_options(model, largest, rows):
     assert work_bytes(model, 0.5, rows=rows) <= 3 * 4 * largest
 
