@@ -82,6 +82,10 @@ class Engine(ABC):
             VerificationError: the opened model does not reproduce the bundle's reference data.
         """
 
+    def when_wrong(self) -> str:
+        """What to do about outputs that differ from PyTorch's, where the library has a known reason; else nothing."""
+        return ""
+
     def _release(self) -> None:  # noqa: B027  (most engines have nothing to let go)
         """Let go of the library's objects."""
 

@@ -154,6 +154,11 @@ class OpenVINOEngine(Engine):
     def _release(self) -> None:
         del self.compiled, self._requests
 
+    def when_wrong(self) -> str:
+        integers = any({"u8", "i8"} & kinds.keys() for kinds in self.executed_precisions().values())
+        told = "on x64 processors without VNNI 8-bit products overflow in OpenVINO: Quantize(…, weight_bits=7) does not"
+        return told if integers else ""
+
     def executed_precisions(self) -> dict[str, dict[str, int]]:
         """How many layers of each type run in each precision, as OpenVINO executes the model.
 

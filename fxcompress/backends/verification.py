@@ -60,7 +60,8 @@ def verify_engine(
         raise VerificationError(
             f"the engine differs from PyTorch by a relative {errors[worst]:.3g}; {tolerance:.3g} is allowed",
             where=f"output {worst!r} for inputs of shape {shapes.get(worst, 'none')}",
-            remedy="compile with verify=False to look at the engine, or allow more if the precision explains it",
+            remedy=engine.when_wrong()
+            or "compile with verify=False to look at the engine, or allow more if the precision explains it",
         )
     return errors
 

@@ -139,3 +139,22 @@ def test_scalars_and_read_only_arrays() -> None:
     by = np.array(3.0, np.float32)
     by.setflags(write=False)
     assert np.array_equal(engine(x, by), np.full((4, 3), 3.0, np.float32))
+
+
+@torch.no_grad()
+def test_8_bit_products_that_overflow_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without VNNI sums of 8-bit products saturate; 7-bit weights are right on every processor."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ConvTranspose2d(32, 16, 2, stride=2)).eval()
+    x = torch.randn(4, 3, 32, 32)
+    passes = [fxc.passes.Quantize([(x,)], scheme="openvino", weight_bits=7)]
+    compiled = fxc.compile(model, passes, (x,), progress=False)
+    engine = compiled.export(OpenVINO(threads=1))
+    torch.testing.assert_close(
+        engine(x), compiled(x), rtol=0, atol=1e-2
+    )  # one step of a grid; overflow is ten times that
+    right = type(engine)._execute
+    monkeypatch.setattr(type(engine), "_execute", lambda self, inputs: [y + 1 for y in right(self, inputs)])
+    with pytest.raises(fxc.errors.VerificationError) as caught:
+        compiled.export(OpenVINO(threads=1))
+    assert "weight_bits=7" in str(caught.value.remedy)
