@@ -85,7 +85,9 @@ class Proof:
         except VerificationError as error:
             if self.noise is None:
                 raise
-            raise VerificationError(error.problem, where=error.where, remedy=_advice(self.noise)) from error
+            raise VerificationError(
+                error.problem, where=error.where, remedy=_advice(self.noise, error.remedy)
+            ) from error
         shapes = [[list(leaf.shape) for leaf in inputs] for inputs in self._tensors]
         return {"relative_error": errors, "tolerance": self.allowed, "input_shapes": shapes}
 
@@ -115,17 +117,14 @@ def _of_integers(noise: float) -> float:
     return max(1e-2, min(4 * noise, 5e-2), min(2 * noise, 2 * _UNSTABLE))
 
 
-def _advice(noise: float) -> str:
+def _advice(noise: float, remedy: str | None) -> str:
     told = f"roundings on a border that fall the other way move these outputs by {noise:.2g} in PyTorch itself: "
     if noise > _UNSTABLE:
         return told + (
             "the network multiplies them, so calibrate on real data, or leave its noisiest layers in floating point "
             "with max_drop; verify=False gives the engine as it is"
         )
-    return told + (
-        "the engine's kernels compute something else, as those for 8-bit weights do that overflow on processors "
-        "without VNNI; weight_bits=7 cannot, and verify=False gives the engine as it is"
-    )
+    return f"{told}the engine's kernels compute something else; {remedy}"
 
 
 def _computed(graph_module: fx.GraphModule) -> list[bool]:

@@ -76,7 +76,7 @@ def test_an_engine_of_other_weights_is_refused_and_told_apart_from_noise(compile
     proof = Proof(other, [X[:2]], None, None)
     with pytest.raises(VerificationError, match="differs from PyTorch") as found:
         proof.of(engine)
-    assert "the engine's kernels compute something else" in str(found.value) and "weight_bits=7" in str(found.value)
+    assert "the engine's kernels compute something else; compile with verify=False" in str(found.value)
     assert f"{proof.noise:.2g} in PyTorch itself" in str(found.value)
 
 
