@@ -9,6 +9,9 @@ import pytest
 from benchmarks.patterns import PATTERNS, pairs
 from benchmarks.patterns.judge import ours
 
+# torch says so of one of the patterns, once in a process
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+
 
 def name_of(chain):
     return "+".join(pattern.name for pattern in chain)
@@ -18,7 +21,6 @@ def test_there_are_at_least_ninety_patterns():
     assert len(PATTERNS) >= 90
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # torch, of one of the patterns, once
 @pytest.mark.parametrize("importance", ["l2", "random"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_exact_or_refused_for_the_right_reason(name, importance):
