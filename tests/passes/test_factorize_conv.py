@@ -217,7 +217,7 @@ def test_latency_is_measured_inside_compile():
     passes = [
         FactorizeConv(ratio=0.5, cost="latency", only="0"),
         SubstituteDepthwiseSeparable(ratio=0.5, cost="latency", only="2"),
-        FactorizeLinear(ratio=0.5, cost="latency"),
+        FactorizeLinear(ratio=0.5, cost="latency", only="4"),
     ]
     compiled = fxc.compile(model, passes, (torch.randn(2, 3, 8, 8),))
     for result in compiled.report.passes:
