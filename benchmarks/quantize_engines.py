@@ -19,10 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from torch import nn
 
 import fxcompress as fxc
 from benchmarks import _results, zoo
+from fxcompress.backends.benchmark import benchmark
 
 MODELS = (
     "resnet18",
@@ -212,41 +211,32 @@ def _options(threads: int) -> onnxruntime.SessionOptions:
 
 
 def timed(name: str, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Median milliseconds of the engines, in rounds of one after the other, each as a bare session on the same arrays.
-
-    One is open at a time: the threads of a session go on asking for work for a while after a call, and would take the
-    processors from the next engine's.
-    """
+    """Median milliseconds of the engines, in turns, each as a bare session on the same arrays."""
     found: dict[str, Any] = {}
     kinds = [kind for kind in ENGINES if (work / name / kind / "model.onnx").exists()]
+    sessions = {kind: _session(work / name / kind / "model.onnx", threads) for kind in kinds}
     for batch in BATCHES:
         inputs = model_of(name).inputs(batch)
-        times: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(ROUNDS):
-            for kind in kinds:
-                times[kind] += _calls(work / name / kind / "model.onnx", threads, inputs, seconds / ROUNDS / len(kinds))
-        medians = {kind: statistics.median(own) for kind, own in times.items()}
+        calls = {kind: _call(session, inputs) for kind, session in sessions.items()}
+        first = benchmark(calls, repetitions=3, warmup=1, rounds=1)
+        once = sum(timing.median_ms for timing in first.timings) / 1e3
+        result = benchmark(calls, repetitions=max(3 * ROUNDS, int(seconds / once)), warmup=3, rounds=ROUNDS)
+        medians = {kind: result[kind].median_ms for kind in kinds}
         found |= {f"{kind}_ms_{batch}": median for kind, median in medians.items()}
-        found[f"repetitions_{batch}"] = min(len(own) for own in times.values())
+        found[f"repetitions_{batch}"] = result.repetitions
         found[f"int8/fp32_{batch}"] = medians["int8"] / medians["fp32"]
         if "peer" in medians:
             found[f"int8/peer_{batch}"] = medians["int8"] / medians["peer"]
     return found
 
 
-def _calls(path: Path, threads: int, inputs: Any, seconds: float) -> list[float]:
-    """Milliseconds of single calls for so many seconds, three calls at least."""
-    session = onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), _options(threads), providers=["CPUExecutionProvider"])
+
+
+def _call(session: onnxruntime.InferenceSession, inputs: Any) -> Callable[[], Any]:
     feed = _feed([value.name for value in session.get_inputs()], inputs)
-    for _ in range(3):
-        session.run(None, feed)
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < until:
-        started = time.perf_counter()
-        session.run(None, feed)
-        times.append(1e3 * (time.perf_counter() - started))
-    return times
+    return lambda: session.run(None, feed)
 
 
 def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
@@ -287,9 +277,8 @@ def save(rows: Sequence[dict[str, Any]], threads: int) -> None:
             "In integers / all, by kind, and the percentage of all multiply-accumulates in integers, read from the "
             "graph that ONNX Runtime's optimizer made; what rounding does to the outputs, and how far the engine is "
             "from the rounding graph in PyTorch, largest difference over largest value; megabytes of the ONNX file. "
-            f"Milliseconds: medians of calls in {ROUNDS} rounds, one engine open at a time, at batch 1 and 8, the last "
-            "figure of the column's name; the "
-            "ratios are of these medians, below 1 is faster. `peer` is "
+            f"Milliseconds: medians of calls in {ROUNDS} turns each, one engine working at a time, at batch 1 and 8, "
+            "the last figure of the column's name; the ratios are of these medians, below 1 is faster. `peer` is "
             "`quantize_static` on the plain export with uint8 activations and int8 weights per channel; its integer "
             "operations are convolutions, products and additions together. `weight_bits` is 7 for both where the "
             "processor has no VNNI. `chosen`: what was measured while compiling at batch 2, and which kinds of layers "

@@ -12,8 +12,8 @@ corpus, which is not rated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -184,23 +184,17 @@ def run(chosen: Sequence[str] | None, engines: Path) -> list[Row]:
 
 
 def time_engines(rows: list[Row], engines: Path, threads: int, repetitions: int) -> None:
-    """Milliseconds of one document and of a batch: medians over rounds.
-
-    One engine is open at a time, for the threads of an idle one keep processors busy.
-    """
+    """Milliseconds of one document and of a batch: medians over the turns of each engine."""
     _, tokens = encoder()
     documents, _ = lee()
-    given = {field: tokens(documents[:count]) for field, count in (("latency_ms", 1), ("latency_batch_ms", BATCH))}
-    found: dict[tuple[str, str], list[float]] = {(row["method"], field): [] for row in rows for field in given}
-    for _ in range(ROUNDS):
-        for row in rows:
-            folder = engines / row["method"].replace(",", "").replace(" ", "_")
-            with fxc.load_engine(folder, threads=threads) as engine:
-                for field, inputs in given.items():
-                    timed = benchmark({"engine": engine}, (), inputs, repetitions=repetitions // ROUNDS, warmup=2)
-                    found[row["method"], field].append(timed.timings[0].median_ms)
-    for row in rows:
-        row |= {field: round(statistics.median(found[row["method"], field]), 2) for field in given}
+    with contextlib.ExitStack() as stack:
+        places = {row["method"]: engines / row["method"].replace(",", "").replace(" ", "_") for row in rows}
+        opened = {name: stack.enter_context(fxc.load_engine(place, threads=threads)) for name, place in places.items()}
+        for field, count in (("latency_ms", 1), ("latency_batch_ms", BATCH)):
+            inputs = tokens(documents[:count])
+            result = benchmark(opened, (), inputs, repetitions=repetitions, warmup=2, rounds=ROUNDS)
+            for row in rows:
+                row[field] = round(result[row["method"]].median_ms, 2)
 
 
 def save(rows: Sequence[Row], threads: int) -> None:
@@ -214,7 +208,7 @@ def save(rows: Sequence[Row], threads: int) -> None:
             "lee: Pearson correlation of cosine similarities with people's ratings of 1,225 pairs of documents; "
             "wordsim: Spearman's with WordSim353; cosine: mean similarity of an embedding to that in float32. "
             f"Engines of ONNX Runtime, at most {LENGTH} tokens; latency in ms of one document and of {BATCH}, medians "
-            f"of {ROUNDS} rounds, one engine open at a time. "
+            f"over {ROUNDS} turns each, one engine working at a time. "
             f"Static int8 is calibrated on {CALIBRATION} documents of the Lee background corpus."
         ],
         facts=_results.machine_facts(threads),

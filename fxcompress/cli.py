@@ -191,7 +191,7 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(min=1, help="For all of them; default: PyTorch's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size; default: 1, or that of --input.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-n", min=2, help="Calls measured of each.")] = 50,
-    warmup: Annotated[int, typer.Option(min=0, help="Calls before that.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Calls before those of each turn.")] = 5,
     memory: Annotated[bool, typer.Option(help="Measure memory too, each candidate in a process of its own.")] = True,
     inputs: Inputs = None,
     as_json: AsJson = False,

@@ -79,7 +79,7 @@ def race(
         threads: of each candidate whose backend has such an option, and of PyTorch; None leaves PyTorch's number.
         batch: size of the batch; None takes that of ``inputs``, or 1.
         repetitions: calls measured of each.
-        warmup: calls before that.
+        warmup: calls before those of each turn.
 
     Returns:
         the latencies, the candidates, and the inputs.

@@ -26,9 +26,11 @@ def latency_screen(race: Race, memory: Mapping[str, Footprint], console: Console
         shown.add_row(item.name, item.kind, f"{t.median_ms:.3f}", f"{t.p95_ms:.3f}", ratio, interval)
     console.print(shown)
     result = race.result
+    turns = f"in {result.rounds} turns each, {result.warmup} calls before every turn"
     console.print(
-        f"{result.repetitions} rounds in turns after {result.warmup} to warm up, batch {race.batch}, "
-        f"{result.threads} thread{'s' * (result.threads != 1)}; a ratio below 1 is faster than the first"
+        f"{result.repetitions} calls {turns if result.rounds > 1 else f'after {result.warmup} to warm up'}, "
+        f"batch {race.batch}, {result.threads} thread{'s' * (result.threads != 1)}"
+        f"{'; a ratio below 1 is faster than the first' * (len(race.candidates) > 1)}"
     )
     if memory:
         _memory_screen(memory, console)

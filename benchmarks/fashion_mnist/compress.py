@@ -17,10 +17,7 @@ Training goes on where it was: every stage leaves its weights beside this file.
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +35,7 @@ from benchmarks.fashion_mnist.distill import Batches
 from benchmarks.fashion_mnist.network import ResNet, save, trained
 from benchmarks.fashion_mnist.prune import Method, Setting, macs, prune_theirs
 from benchmarks.fashion_mnist.train import PRECISION
+from fxcompress.backends.benchmark import benchmark
 from fxcompress.passes import Distill, FuseModules, PruneChannels, Quantize, TrainQuantized
 
 RESULTS = _results.RESULTS / "compress_fashion_mnist.json"
@@ -204,21 +202,15 @@ class OnnxFile:
 
 
 def time_all(files: Sequence[OnnxFile], rounds: int, calls: dict[int, int]) -> list[dict[int, float]]:
-    """Median milliseconds per batch size. One engine is open at a time, for idle ones keep processors busy."""
-    found: list[dict[int, list[float]]] = [{batch: [] for batch in calls} for _ in files]
-    for _ in range(rounds):
-        for index, file in enumerate(files):
-            run = file.open()
-            for batch, count in calls.items():
-                images = np.random.default_rng(0).standard_normal((batch, 1, 28, 28)).astype(np.float32)
-                for call in range(count + 5):
-                    started = time.perf_counter()
-                    run(images)
-                    if call >= 5:
-                        found[index][batch].append(1e3 * (time.perf_counter() - started))
-            del run
-            gc.collect()
-    return [{batch: statistics.median(times) for batch, times in item.items()} for item in found]
+    """Median milliseconds per batch size, of so many calls in each of the rounds."""
+    opened = {str(index): file.open() for index, file in enumerate(files)}
+    found: list[dict[int, float]] = [{} for _ in files]
+    for batch, count in calls.items():
+        images = np.random.default_rng(0).standard_normal((batch, 1, 28, 28)).astype(np.float32)
+        result = benchmark(opened, (images,), repetitions=rounds * count, rounds=rounds)
+        for own, timing in zip(found, result.timings, strict=True):
+            own[batch] = timing.median_ms
+    return found
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -298,8 +290,8 @@ def write(path: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
             f"its stem halves the image. {options.epochs:g} epochs of distillation for ours and for the peers, by the "
             f"same pass; {options.quantized_epochs:g} epochs of training in integers for ours. "
             "Accuracy is of the engine, on all 10,000 test images; `lost` in points against the teacher.",
-            f"Latency: {THREADS} threads, median over {options.rounds} rounds, one engine open at a time. `smaller` is "
-            "of the ONNX file. `trained_s` is the wall time of all training, on a machine that others used too.",
+            f"Latency: {THREADS} threads, median over {options.rounds} turns each, one engine working at a time. "
+            "`smaller` is of the ONNX file. `trained_s`: wall time of all training, on a machine that others used too.",
             "4-bit weights are stored in 8 bits: the file is as large, deflated it is smaller.",
         ],
         facts=_results.machine_facts(THREADS),

@@ -1,8 +1,16 @@
-"""Latency of several candidates in one run, in turns, so that a noisy machine is noisy to all of them alike."""
+"""Latency of several candidates in one run, in turns, so that a noisy machine is noisy to all of them alike.
+
+Threads of an engine that has just run go on looking for work: those of ONNX Runtime keep their processors busy for some
+50 ms after a call, and a call of another engine meanwhile was up to 2.5 times as slow as alone. So candidates do not
+take turns call by call. A turn begins when the process is at rest, and is many calls one after the other.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +24,10 @@ from fxcompress.errors import OptionError, PreconditionError
 __all__ = ["BenchmarkResult", "Timing", "benchmark"]
 
 _RESAMPLES = 1000
+_THREADS = "/proc/self/task"
+_LOOK_S, _IDLE = 0.002, 3  # so often one looks, and so often nobody is seen to work
+_PATIENCE_S = 1.0  # a process with other things to do never rests
+_PAUSE_S = 0.1  # where the system does not tell
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,20 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Timings of all candidates, in the order given; the first is what ratios refer to."""
+    """Timings of all candidates, in the order given; the first is what ratios refer to.
+
+    Attributes:
+        timings: one for each.
+        repetitions: calls measured of each.
+        warmup: calls before those of each turn.
+        rounds: turns of each.
+        threads: of PyTorch.
+    """
 
     timings: tuple[Timing, ...]
     repetitions: int
     warmup: int
+    rounds: int
     threads: int
 
     def __getitem__(self, name: str) -> Timing:
@@ -90,32 +111,38 @@ def benchmark(
     *,
     repetitions: int = 50,
     warmup: int = 5,
+    rounds: int = 5,
     seed: int = 0,
 ) -> BenchmarkResult:
-    """Call every candidate in turn, ``repetitions`` times round, and report latencies.
+    """Give every candidate its turn, several times round, and report latencies.
 
-    Each round starts with another candidate, so that none always follows the same neighbour. Calls run without
-    autograd; the garbage collector is off while the clock runs; CUDA work is waited for.
+    A turn waits until the process is at rest, warms the candidate up, and measures its share of the calls. Each round
+    starts with another candidate, so that none always follows the same neighbour. Calls run without autograd; the
+    garbage collector is off while the clock runs; CUDA work is waited for.
 
     Args:
         candidates: engines, modules or functions, by name; a sequence is named after the types.
         args: positional arguments of every call.
         kwargs: keyword arguments of every call.
-        repetitions: rounds measured.
-        warmup: rounds before that.
-        seed: of the bootstrap, which resamples whole rounds.
+        repetitions: calls measured of each, rounded up to as many in every round.
+        warmup: calls before those of each turn.
+        rounds: turns of each candidate; one that is alone has one, and there are never more than repetitions.
+        seed: of the bootstrap, which resamples whole rounds and calls within them.
 
     Raises:
-        OptionError: no repetitions, or a negative warm-up.
+        OptionError: no repetitions, no rounds, or a negative warm-up.
         PreconditionError: no candidates.
     """
-    if repetitions < 1 or warmup < 0:
-        raise OptionError(f"repetitions={repetitions}, warmup={warmup}", remedy="measure at least one repetition")
+    if repetitions < 1 or warmup < 0 or rounds < 1:
+        raise OptionError(
+            f"repetitions={repetitions}, warmup={warmup}, rounds={rounds}", remedy="measure at least one repetition"
+        )
     named = dict(candidates) if isinstance(candidates, Mapping) else _named(candidates)
     if not named:
         raise PreconditionError("there is nothing to measure", remedy="hand in at least one engine or function")
-    calls = list(named.values())
-    milliseconds = _measure(calls, tuple(args), dict(kwargs or {}), repetitions, warmup)
+    rounds = min(rounds, repetitions) if len(named) > 1 else 1
+    calls = [functools.partial(call, *args, **(kwargs or {})) for call in named.values()]
+    milliseconds = _measure(calls, rounds, -(-repetitions // rounds), warmup)
     ratios, low, high = _ratios(milliseconds, seed)
     timings = tuple(
         Timing(
@@ -125,44 +152,87 @@ def benchmark(
         )
         for index, name in enumerate(named)
     )
-    return BenchmarkResult(timings, repetitions, warmup, torch.get_num_threads())
+    return BenchmarkResult(timings, milliseconds[0].size, warmup, rounds, torch.get_num_threads())
 
 
-def _measure(
-    calls: list[Callable[..., Any]], args: tuple[Any, ...], kwargs: dict[str, Any], repetitions: int, warmup: int
-) -> np.ndarray:
-    """Milliseconds, float64 [candidate, repetition]."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() and torch.cuda.is_initialized() else _nothing
-    measured = np.empty((len(calls), repetitions))
+def _measure(calls: Sequence[Callable[[], Any]], rounds: int, share: int, warmup: int) -> np.ndarray:
+    """Milliseconds, float64 [candidate, round, call]."""
+    measured = np.empty((len(calls), rounds, share))
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         with torch.inference_mode():
-            for round_ in range(-warmup, repetitions):
+            for round_ in range(rounds):
                 for turn in range(len(calls)):
                     index = (turn + round_) % len(calls)
-                    wait()
-                    start = time.perf_counter_ns()
-                    calls[index](*args, **kwargs)
-                    wait()
-                    end = time.perf_counter_ns()
-                    if round_ >= 0:
-                        measured[index, round_] = (end - start) / 1e6
+                    if len(calls) > 1:
+                        _rest()
+                    for _ in range(warmup):
+                        calls[index]()
+                    _time(calls[index], measured[index, round_])
     finally:
         if collecting:
             gc.enable()
     return measured
 
 
+def _time(call: Callable[[], Any], milliseconds: np.ndarray) -> None:
+    """Fill in milliseconds, one for each call."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() and torch.cuda.is_initialized() else _nothing
+    for number in range(len(milliseconds)):
+        wait()
+        start = time.perf_counter_ns()
+        call()
+        wait()
+        milliseconds[number] = (time.perf_counter_ns() - start) / 1e6
+
+
+def _rest() -> None:
+    """Wait until no other thread of this process works."""
+    if _working() is None:
+        time.sleep(_PAUSE_S)
+        return
+    until = time.monotonic() + _PATIENCE_S
+    seen_idle = 0
+    while seen_idle < _IDLE and time.monotonic() < until:
+        time.sleep(_LOOK_S)
+        seen_idle = 0 if _working() else seen_idle + 1
+
+
+def _working() -> bool | None:
+    """Whether another thread runs, or would if a processor were free; None where the system does not tell."""
+    own = str(threading.get_native_id())
+    try:
+        others = [task for task in os.listdir(_THREADS) if task != own]
+    except OSError:
+        return None
+    return any(_state(task) == "R" for task in others)
+
+
+def _state(task: str) -> str:
+    try:
+        with open(f"{_THREADS}/{task}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # it has ended
+        return ""
+
+
 def _ratios(milliseconds: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ratio of medians to the first candidate, and the ends of its 95% interval; each float64 [candidate]."""
-    repetitions = milliseconds.shape[1]
-    rounds = np.random.default_rng(seed).integers(repetitions, size=(_RESAMPLES, repetitions))
-    medians = np.stack([np.median(row[rounds], axis=1) for row in milliseconds])  # [candidate, resample]
+    """Ratio of medians to the first candidate, and the ends of its 95% interval; each float64 [candidate].
+
+    A round is resampled for all candidates together, for they shared its noise; calls within it for each alone.
+    """
+    count, rounds, share = milliseconds.shape
+    random = np.random.default_rng(seed)
+    chosen = random.integers(rounds, size=(_RESAMPLES, rounds, 1))
+    medians = np.empty((count, _RESAMPLES))
+    for index, own in enumerate(milliseconds):
+        calls = random.integers(share, size=(_RESAMPLES, rounds, share))
+        medians[index] = np.median(own[chosen, calls].reshape(_RESAMPLES, -1), axis=1)
     tiny = np.finfo(float).tiny
     resampled = medians / np.maximum(medians[0], tiny)
-    median = np.median(milliseconds, axis=1)
+    median = np.median(milliseconds, axis=(1, 2))
     low, high = np.percentile(resampled, [2.5, 97.5], axis=1)
     return median / max(median[0], tiny), low, high
 

@@ -183,15 +183,15 @@ class Engine(ABC):
         warmup: int = 5,
         seed: int = 0,
     ) -> BenchmarkResult:
-        """Measure latency, interleaved with others in the same run.
+        """Measure latency, in turns with others in the same run; see :func:`fxcompress.backends.benchmark.benchmark`.
 
         Args:
             inputs: a tuple of arguments, a dict of keyword arguments, or a single tensor; None makes random ones
                 (:meth:`random_inputs`), in the structure of the model's call.
             against: an engine, module or function that takes the same inputs, or a dict of such by name.
             batch: of random inputs, the size of the dynamic leading dimension.
-            repetitions: calls measured for each candidate.
-            warmup: calls before that, unmeasured.
+            repetitions: calls measured of each candidate.
+            warmup: calls before those of each turn, unmeasured.
             seed: of the random inputs and the bootstrap.
 
         Returns:
