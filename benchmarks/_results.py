@@ -16,6 +16,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxsim", "torchvision", "timm", "transformers", "numpy")
 
+_VECTORS = ("avx", "amx", "asimd", "bf16", "dot", "f16c", "fma", "i8mm", "neon", "sme", "sve")
+
 Row = Mapping[str, Any]
 
 
@@ -23,6 +25,7 @@ def machine_facts(threads: int | None = None) -> dict[str, Any]:
     """What a figure depends on: processor, cores, memory, versions. Nothing that names the host or its folders."""
     facts: dict[str, Any] = {
         "processor": _processor(),
+        "instructions": instructions(),
         "cpus": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "system": platform.system(),
@@ -44,6 +47,27 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def instructions() -> str:
+    """The sets of vector instructions, as torch finds them, on which an engine's speed depends."""
+    found = _capabilities()
+    names = [name for name, there in found.items() if there is True and name.startswith(_VECTORS)]
+    return " ".join(sorted(names)) + ("" if has_vnni() else ", no VNNI")
+
+
+def has_vnni() -> bool:
+    """Whether products of bytes are summed in 32 bits: by VNNI on x64. Other processors do it without."""
+    found = _capabilities()
+    return not str(found.get("architecture")).startswith("x86") or bool(
+        found.get("avx512_vnni") or found.get("avx_vnni")
+    )
+
+
+def _capabilities() -> dict[str, Any]:
+    import torch
+
+    return dict(torch.cpu.get_capabilities())
 
 
 def _memory_gib() -> float | None:

@@ -79,15 +79,9 @@ def model_of(name: str) -> zoo.ZooModel:
 # --- building ---------------------------------------------------------------------------------------------------------
 
 
-def has_vnni() -> bool:
-    """Whether this x64 processor multiplies and adds bytes in 32 bits; others are taken to."""
-    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx2" not in told or "vnni" in told
-
-
 def build(name: str, work: Path) -> dict[str, Any]:
     """The three engines of one model under `work/name`; gives what is known of them without running them."""
-    bits = 8 if has_vnni() else 7
+    bits = 8 if _results.has_vnni() else 7
     entry = model_of(name)
     model, example, data = entry.build(), entry.inputs(2), [entry.inputs(batch) for batch in (4, 5)]
     folder = work / name

@@ -45,11 +45,11 @@ class OpenVINO(OnnxBackend):
     """Lower to ONNX and run with OpenVINO.
 
     Attributes:
-        threads: of one inference; None leaves it to OpenVINO: one per physical core.
+        threads: of one inference, no more than there are cores; None leaves it to OpenVINO: one per physical core.
         mode: ``"latency"`` gives one inference all threads; ``"throughput"`` runs several calls, from several threads
             of the caller, side by side.
         precision: that OpenVINO may compute in: ``"f32"``, or ``"bf16"`` and ``"f16"``, which round and are verified
-            to that much. Where the processor lacks it, OpenVINO takes ``"f32"``.
+            to that much. One that the processor lacks is an error; OpenVINO itself would take ``"f32"``.
         device: of OpenVINO: ``"CPU"``, ``"GPU"``, ``"NPU"``.
         opset: of the ONNX file; None takes the exporter's default.
         simplify: run onnxsim over the ONNX file.
@@ -114,8 +114,8 @@ class OpenVINOEngine(Engine):
         backend: the options in force.
 
     Raises:
-        BackendError: OpenVINO is not installed, lacks the device, refuses the model, or the model's inputs and
-            outputs are not those of the manifest.
+        BackendError: OpenVINO is not installed, lacks the device or the precision, refuses the model, or the model's
+            inputs and outputs are not those of the manifest.
     """
 
     def __init__(self, path: Path, manifest: Manifest, backend: OpenVINO) -> None:
@@ -191,13 +191,22 @@ class OpenVINOEngine(Engine):
                 remedy=f"load with device='CPU'; there is: {', '.join(available)}",
             )
         try:
-            return core.compile_model(core.read_model(str(model)), backend.device, backend.properties())
+            compiled = core.compile_model(core.read_model(str(model)), backend.device, backend.properties())
         except Exception as error:
             raise BackendError(
                 f"OpenVINO cannot open the model: {_reason(error)}",
                 where=str(model),
                 remedy=f"this is openvino {self._openvino.__version__}; the backend onnxruntime may take the model",
             ) from error
+        taken = _precision_of(compiled)
+        if taken not in (None, backend.precision):
+            raise BackendError(
+                f"{backend.device} has no {backend.precision} here, OpenVINO would compute in {taken}",
+                where="precision",
+                remedy=f"use precision={taken!r} on this machine; an engine that was built so can be loaded with "
+                f"precision={backend.precision!r} where there is",
+            )
+        return compiled
 
     def _check_against_manifest(self) -> tuple[dict[str, int], dict[str, int]]:
         """Ports by the manifest's names; an input that nothing reads may have been dropped from the model."""
@@ -268,6 +277,14 @@ def _refuse_doubles(graph_module: fx.GraphModule, signature: Signature) -> None:
             where="OpenVINO",
             remedy="convert the model with .float(), or use onnxruntime, torchscript or torch_export",
         )
+
+
+def _precision_of(compiled: Any) -> str | None:
+    """What a compiled model computes in where nothing else is said; None of a device that does not tell."""
+    if "INFERENCE_PRECISION_HINT" not in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return None
+    told: str = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    return told
 
 
 def _library() -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.backends import OpenVINO
+from fxcompress.backends import openvino as openvino_backend
 from fxcompress.errors import BackendError, OptionError
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
@@ -66,18 +67,58 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert "CPU" in str(caught.value.remedy)
 
 
+def has(precision: str) -> bool:
+    import openvino
+
+    return precision.upper() in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 @torch.no_grad()
-def test_a_precision_that_rounds_is_verified_to_that() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-    x = torch.randn(4, 64)
-    exact, rounded = (built(model, (x,), OpenVINO(precision=p)) for p in ("f32", "bf16"))
-    assert exact.manifest.measurements["verification"]["tolerance"] == 1e-4
-    assert rounded.manifest.measurements["verification"]["tolerance"] == 1e-1
-    assert exact.executed_precisions()["FullyConnected"] == {"f32": 2}
-    torch.testing.assert_close(rounded(x), model(x), rtol=0.1, atol=0.1)
-    exact.close()
+def test_f32_is_f32(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    engine = built(model, (x,), OpenVINO(), tmp_path / "b")
+    assert engine.manifest.measurements["verification"]["tolerance"] == 1e-4
+    assert engine.executed_precisions()["FullyConnected"] == {"f32": 2}
+    engine.close()
     with pytest.raises(BackendError, match="closed"):
-        exact.executed_precisions()
+        engine.executed_precisions()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 1e-1), ("f16", 2e-2)])
+def test_a_precision_that_rounds_is_verified_to_that(precision: Any, tolerance: float) -> None:
+    if not has({"f16": "FP16"}.get(precision, precision)):
+        pytest.skip(f"this processor has no {precision}")
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    engine = built(model, (x,), OpenVINO(precision=precision))
+    assert engine.manifest.options["precision"] == precision
+    assert engine.manifest.measurements["verification"]["tolerance"] == tolerance
+    assert precision in engine.executed_precisions()["FullyConnected"]
+    torch.testing.assert_close(engine(x), model(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_a_precision_that_the_processor_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    """OpenVINO takes f32 without a word, and f32 is not to be verified as if it rounded."""
+    monkeypatch.setattr(openvino_backend, "_precision_of", lambda compiled: "f32")
+    built(nn.Linear(3, 2), (torch.randn(2, 3),), OpenVINO(), tmp_path / "b").close()
+    for use in (
+        lambda: fxc.load_engine(tmp_path / "b", precision=precision),
+        lambda: built(nn.Linear(3, 2), (torch.randn(2, 3),), OpenVINO(precision=precision), tmp_path / "none"),
+    ):
+        with pytest.raises(BackendError, match=f"CPU has no {precision} here, OpenVINO would compute in f32") as caught:
+            use()
+        assert caught.value.where == "precision" and "precision='f32'" in str(caught.value.remedy)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "f16"])
+def test_openvino_itself_says_what_it_computes_in(tmp_path: Path, precision: Any) -> None:
+    if has({"f16": "FP16"}.get(precision, precision)):
+        pytest.skip(f"this processor has {precision}")
+    built(nn.Linear(3, 2), (torch.randn(2, 3),), OpenVINO(), tmp_path / "b").close()
+    with pytest.raises(BackendError, match=f"has no {precision} here"):
+        fxc.load_engine(tmp_path / "b", precision=precision)
 
 
 def test_calls_from_several_threads() -> None:
