@@ -124,12 +124,25 @@ def no_guards(mode: FakeTensorMode) -> AbstractContextManager[None]:
 
 
 def _infer_module(mode: FakeTensorMode, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    if (known := _of_linear(module, args)) is not None:
+        return known
     # The module's own tensors are replaced by fakes for this one call, so that a batch norm in train mode
     # updates a fake running mean and never the real one.
     state = {name: _fake(mode, tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
     state |= {name: _fake(mode, tensor) for name, tensor in module.named_buffers(remove_duplicate=False)}
     with KnownShapes() if isinstance(module, nn.RNNBase) else nullcontext():
         return torch.func.functional_call(module, state, args, kwargs)
+
+
+def _of_linear(module: nn.Module, args: Any) -> torch.Tensor | None:
+    """What a linear layer makes of inputs that fit it: a frequent layer, and slow by its decomposition."""
+    if type(module) is not nn.Linear or len(args) != 1 or not isinstance(x := args[0], torch.Tensor):
+        return None
+    weight = module.weight
+    fits = x.dim() > 1 and type(x.shape[-1]) is int and x.shape[-1] == weight.shape[1]
+    if not fits or (x.dtype, x.device) != (weight.dtype, weight.device):
+        return None
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 def _fake(mode: FakeTensorMode, value: Any) -> Any:

@@ -102,7 +102,8 @@ def _lost(error: torch.Tensor, moment: torch.Tensor) -> float:
 
 
 def _energy(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+    flat = tensor.reshape(-1)
+    return float(flat @ flat)
 
 
 def _relative(part: float, whole: float) -> float:

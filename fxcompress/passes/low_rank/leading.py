@@ -23,8 +23,8 @@ _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
 _CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
 _PANELS = 6  # in which a block is multiplied, so that what is made on the way is small
-_WIDE = 32  # columns of a panel at least
-_PROBES, _STEPS = 1, 32  # of the Lanczos runs
+_WIDE = 64  # columns of a panel at least: fewer are slower
+_STEPS = 32  # of the Lanczos run
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
 _ROUNDING = 1e-5  # of the loss: what rounding may take
@@ -94,24 +94,22 @@ def _quantiles(
 ) -> tuple[float, float, float]:
     """Values that about so many eigenvalues exceed, and about the largest: stochastic Lanczos quadrature.
 
-    The spectrum's density from a few short Lanczos runs (Golub and Meurant 2010, Matrices, Moments and Quadrature).
+    The spectrum's density from a short Lanczos run (Golub and Meurant 2010, Matrices, Moments and Quadrature).
     """
-    now = torch.randn(size, _PROBES, generator=generator, device=like.device, dtype=like.dtype)
-    now = now / now.norm(dim=0)
-    before, off = torch.zeros_like(now), now.new_zeros(_PROBES)
-    steps = min(_STEPS, size)
-    tri = now.new_zeros(_PROBES, steps, steps)
-    for step in range(steps):
-        after = product(now) - before * off
-        tri[:, step, step] = along = (after * now).sum(0)
-        after -= now * along
-        off = after.norm(dim=0)
-        if step + 1 < steps:
-            tri[:, step, step + 1] = tri[:, step + 1, step] = off
-        before, now = now, after / off.clamp_min(torch.finfo(like.dtype).tiny)
-    nodes, vectors = torch.linalg.eigh(tri.double())
-    order = nodes.flatten().argsort(descending=True)
-    nodes, weights = nodes.flatten()[order], vectors[:, 0].square().flatten()[order] * (size / _PROBES)
+    now = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
+    now = now / now.norm()
+    before, along, off = torch.zeros_like(now), [], [0.0]
+    for _ in range(min(_STEPS, size)):
+        after = product(now[:, None])[:, 0].add_(before, alpha=-off[-1])
+        along.append(float(after @ now))
+        after.add_(now, alpha=-along[-1])
+        off.append(float(after.norm()))
+        before, now = now, after.div_(max(off[-1], torch.finfo(like.dtype).tiny))
+    beside = torch.tensor(off[1:-1], dtype=torch.float64)
+    tri = torch.tensor(along, dtype=torch.float64).diag() + beside.diag(1) + beside.diag(-1)
+    nodes, vectors = torch.linalg.eigh(tri)
+    order = nodes.argsort(descending=True)
+    nodes, weights = nodes[order], vectors[0].square()[order] * size
     above = weights.cumsum(0) - weights / 2
     first, second = (float(nodes[min(int((above < count).sum()), len(nodes) - 1)]) for count in counts)
     return first, second, float(nodes[0])
@@ -166,5 +164,6 @@ def _residual(product: Product, block: torch.Tensor, values: torch.Tensor) -> to
 
 def _panels(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same columns of all of them (of vectors the elements), a few at a time."""
-    step = max(_WIDE, -(-tensors[0].shape[-1] // _PANELS))
+    columns = tensors[0].shape[-1]
+    step = -(-columns // min(_PANELS, max(1, columns // _WIDE)))
     return zip(*(tensor.split(step, -1) for tensor in tensors), strict=True)

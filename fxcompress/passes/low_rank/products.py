@@ -1,5 +1,6 @@
-"""Products of large float32 matrices on the CPU, by oneDNN: on processors for which the linear-algebra library that
-PyTorch is built with has no kernels of its own it takes less than half the time. All else is ``@``.
+"""Products of large float32 matrices on the CPU, by oneDNN where registers are 512 bits wide: there it takes less than
+half the time on processors for which the linear-algebra library that PyTorch is built with has no such kernels. All
+else is ``@``, which on narrower registers is faster.
 """
 
 from __future__ import annotations
@@ -46,16 +47,21 @@ def dot(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def square(matrix: torch.Tensor) -> torch.Tensor:
     """``matrix @ matrix.T`` of ``[n, k]``, of which one half is computed."""
     size = len(matrix)
-    if not _served(matrix, size * matrix.numel()):
+    work = size * matrix.numel()
+    if work < _WORTH:
         return matrix @ matrix.T
     spans = [slice(band * size // _BANDS, (band + 1) * size // _BANDS) for band in range(_BANDS)]
     found = matrix.new_zeros(size, size)
-    for piece in matrix.split(_WIDE, 1):
-        piece = piece.contiguous()
-        bands = [_packed(piece[span]) for span in spans]
-        for row, rows in enumerate(spans):
-            for column, columns in enumerate(spans[: row + 1]):
-                found[rows, columns] += _times(bands[row], bands[column])
+    if _served(matrix, work):
+        for piece in matrix.split(_WIDE, 1):
+            piece = piece.contiguous()
+            bands = [_packed(piece[span]) for span in spans]
+            for row, rows in enumerate(spans):
+                for column, columns in enumerate(spans[: row + 1]):
+                    found[rows, columns] += _times(bands[row], bands[column])
+    else:
+        for rows in spans:
+            found[rows, : rows.stop].addmm_(matrix[rows], matrix[: rows.stop].T)
     for rows in spans:
         found[: rows.start, rows] = found[rows, : rows.start].T
     return found
@@ -75,7 +81,7 @@ def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _works() -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and "512" in torch.backends.cpu.get_cpu_capability()):
         return False
     one = torch.eye(2)
     try:

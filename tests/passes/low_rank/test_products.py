@@ -7,8 +7,12 @@ from fxcompress.passes.low_rank.products import Packed, dot, square
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("by_onednn", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(5, 7), (520, 130), (130, 2100), (300, 1025)])
-def test_equal_to_the_plain_product(rows, width, dtype):
+def test_equal_to_the_plain_product(rows, width, by_onednn, dtype, monkeypatch):
+    if by_onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr("fxcompress.passes.low_rank.products._works", lambda: by_onednn)
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(rows, width, generator=generator, dtype=dtype)
     close = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {}
