@@ -14,7 +14,7 @@ from fxcompress.backends.reference import Reference
 from fxcompress.backends.verification import verify_engine
 from fxcompress.capture.check import other_sizes
 from fxcompress.errors import VerificationError
-from fxcompress.graph.running import nested_inputs, outputs_of
+from fxcompress.graph.running import computed_outputs, nested_inputs, outputs_of
 from fxcompress.quantization.borders import border_noise
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.integer_layers import DynamicLinear
@@ -105,7 +105,7 @@ class Proof:
 
     def _expected(self, index: int) -> list[Any]:
         made = self._all_expected(index)
-        return [leaf for leaf, computed in zip(made, _computed(self._graph_module), strict=True) if computed]
+        return [leaf for leaf, computed in zip(made, computed_outputs(self._graph_module), strict=True) if computed]
 
 
 def _of_integers(noise: float) -> float:
@@ -125,10 +125,3 @@ def _advice(noise: float, remedy: str | None) -> str:
             "with max_drop; verify=False gives the engine as it is"
         )
     return f"{told}the engine's kernels compute something else; {remedy}"
-
-
-def _computed(graph_module: fx.GraphModule) -> list[bool]:
-    """For each output leaf, whether an engine gives it: tensors and sizes, but no constants."""
-    leaves = graph_module.graph.output_node().args[0]
-    values = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
-    return [isinstance(value, (torch.Tensor, torch.SymInt)) for value in values]

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from fxcompress.backends.bundle import Manifest, PassRecord
 from fxcompress.backends.bundle_writer import BundleWriter, library_versions
 from fxcompress.backends.engine import Engine
-from fxcompress.backends.reference import Reference, write_reference
+from fxcompress.backends.reference import REFERENCE_FILE, Reference, write_reference
 from fxcompress.backends.signature import Signature, TensorSpec, signature_of
 from fxcompress.backends.verification import verify_engine
 from fxcompress.errors import BackendError, OptionError, nearest
@@ -46,7 +46,8 @@ class BuildContext:
             manifest under ``"verification"``, and what it raises leaves nothing on disk. Not called for an engine
             that cannot run on this machine.
         instead: what was verified in the place of such an engine; a sentence for the manifest, after the reason.
-        reference: gives inputs and PyTorch's outputs to keep in the bundle, for ``fxcompress verify``.
+        reference: gives inputs and PyTorch's outputs to keep in the bundle, for ``fxcompress verify``; not asked where
+            the backend wrote some of its own.
         sources: filled in by a backend that knows: name of a node of the engine → the node of the graph that it
             came from.
     """
@@ -162,10 +163,7 @@ class Backend(Options, ABC):
             context.progress(f"load {self.name} engine")
             engine = self.load_built(writer.directory, draft)
             try:
-                try:
-                    left_out = write_reference(writer.directory, context.reference()) if context.reference else ""
-                except OSError as error:
-                    raise self._no_room(error) from error
+                left_out = self._keep_reference(writer.directory, context)
                 context.measurements |= {"reference": left_out} if left_out else {}
                 if context.verify is None or left_out:
                     engine.open()  # now: the first run could not tell whether the engine is right
@@ -181,6 +179,15 @@ class Backend(Options, ABC):
                 raise
         engine._settle(path, manifest, writer.temporary)
         return engine
+
+    def _keep_reference(self, directory: Path, context: BuildContext) -> str:
+        """Write the reference data, unless :meth:`write` chose its own; why it was left out, if it was."""
+        if context.reference is None or (directory / REFERENCE_FILE).exists():
+            return ""
+        try:
+            return write_reference(directory, context.reference())
+        except OSError as error:
+            raise self._no_room(error) from error
 
     def _no_room(self, error: OSError) -> BackendError:
         return BackendError(

@@ -17,14 +17,14 @@ from fxcompress.analysis.sparsity import sparse_layers
 from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend
+from fxcompress.backends.reference import write_reference
 from fxcompress.backends.tensorrt_build import Settings, build_plan
 from fxcompress.backends.tensorrt_check import check_onnx
 from fxcompress.backends.tensorrt_device import (
     NEEDS,
-    REFERENCE_FILE,
     default_tolerance,
+    device_reference,
     write_facts,
-    write_reference,
     write_scripts,
 )
 from fxcompress.backends.tensorrt_engine import FACTS_FILE, PLAN_FILE, TensorRTEngine
@@ -211,8 +211,13 @@ class TensorRT(OnnxBackend):
         if on_device:
             context.progress("write the device bundle")
             write_scripts(directory)
-            write_reference(directory / REFERENCE_FILE, graph_module, signature, profiles, context.example_inputs)
-        verified = context.measurements.get("onnx_verification", {})
+            tolerance = context.measurements.get("onnx_verification", {}).get("tolerance")
+            reference = device_reference(
+                graph_module, signature, profiles, context.example_inputs, tolerance or default_tolerance(graph_module)
+            )
+            problem = write_reference(directory, reference, limit=None)
+            if problem:
+                raise BackendError(f"a device cannot check its engine: the reference data was {problem}")
         write_facts(
             directory / FACTS_FILE,
             signature,
@@ -225,7 +230,6 @@ class TensorRT(OnnxBackend):
                 "compute_capabilities": capabilities,
                 "bytes": int(facts["bytes"]),
                 "options": dataclasses.asdict(self._settings((), sparse)),
-                "tolerance": verified.get("tolerance", default_tolerance(graph_module)),
             },
         )
 

@@ -271,7 +271,7 @@ def _build_error(library: Library, entries: Sequence[LogEntry], origins: Origins
         remedy = "leave sm75 out of compute_capabilities, or use ConvertPrecision to float16"
     elif settings.workspace_bytes is not None and any("workspace" in text for text in said):
         remedy = f"raise workspace_bytes, now {settings.workspace_bytes}, or leave it out"
-    elif any("bf16" in text for text in said):
+    elif any(name in text.lower() for text in said for name in ("bf16", "bfloat16")):
         kept = "".join(f"{layer_of(name)!r}, " for name in names if layer_of(name))
         keep = (
             f", or keep {layer} in float32: ConvertPrecision(dtype='bfloat16', keep=({kept.rstrip()}))" if kept else ""

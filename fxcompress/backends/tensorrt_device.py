@@ -8,30 +8,29 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
+from fxcompress.backends.reference import Reference
 from fxcompress.backends.sampling import random_inputs
 from fxcompress.backends.signature import Signature, TensorSpec
 from fxcompress.backends.tensorrt_profiles import Profile
-from fxcompress.backends.tensors import numpy_dtype
+from fxcompress.backends.tensors import numpy_dtype, torch_dtype
 from fxcompress.errors import BackendError
 from fxcompress.graph.info import info
-from fxcompress.graph.running import nested_inputs, outputs_of, resized
+from fxcompress.graph.running import computed_outputs, nested_inputs, outputs_of, resized
 
 __all__ = [
     "NEEDS",
-    "REFERENCE_FILE",
     "SCRIPTS",
     "default_tolerance",
+    "device_reference",
+    "expected_outputs",
     "sized_inputs",
     "write_facts",
-    "write_reference",
     "write_scripts",
 ]
 
-REFERENCE_FILE = "reference.npz"
 NEEDS = {"tensorrt": "10.0", "tensorrt_rtx": "1.0"}  # the first with strongly typed networks
 SCRIPTS = ("build_engine.py", "run_engine.py")
 
@@ -71,29 +70,31 @@ def write_scripts(directory: Path) -> None:
         (directory / name).write_text((source / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
-def write_reference(
-    path: Path,
+def device_reference(
     graph_module: fx.GraphModule,
     signature: Signature,
     profiles: Sequence[Profile],
     example_inputs: Sequence[Any] | None,
-) -> None:
-    """Inputs and what PyTorch makes of them, at the sizes that the first profile is tuned for; no pickle.
-
-    bfloat16, which numpy lacks, is stored as its 16 bits.
+    tolerance: float,
+) -> Reference:
+    """Inputs and what PyTorch makes of them, at the sizes that the first profile is tuned for.
 
     Raises:
-        BackendError: a dtype has no form in numpy.
+        BackendError: a dtype has no form in numpy, which is all that a device has. bfloat16 travels as its 16 bits.
     """
+    for spec in (*signature.inputs, *signature.outputs):
+        if numpy_dtype(spec.dtype) is None and torch_dtype(spec.dtype) is not torch.bfloat16:
+            raise BackendError(f"{spec} has no form in numpy", remedy="cast it to float32 in the model")
     leaves = sized_inputs(graph_module, signature, profiles[0] if profiles else None, example_inputs)
+    inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return Reference(tuple(inputs), tuple(expected_outputs(graph_module, leaves)), tolerance)
+
+
+def expected_outputs(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> list[torch.Tensor]:
+    """What an engine has to make of flat inputs, in PyTorch."""
     outputs = outputs_of(graph_module, *nested_inputs(graph_module, leaves))
-    arrays: dict[str, np.ndarray] = {}
-    for what, specs, values in (("input", signature.inputs, leaves), ("output", signature.outputs, outputs)):
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        if len(tensors) != len(specs):
-            raise BackendError(f"an {what} is no tensor, so it cannot be stored as a reference")
-        arrays |= {f"{what}_{index}": _array(tensor, specs[index]) for index, tensor in enumerate(tensors)}
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    computed = computed_outputs(graph_module)
+    return [torch.as_tensor(output) for output, gives in zip(outputs, computed, strict=True) if gives]
 
 
 def sized_inputs(
@@ -107,12 +108,3 @@ def sized_inputs(
     symbols = {symbol: wanted[name] for symbol, name in known.items() if name in wanted}
     symbols |= {name: size for name, size in wanted.items() if name not in known.values()}
     return resized(graph_module, leaves, symbols) or list(leaves)
-
-
-def _array(tensor: torch.Tensor, spec: TensorSpec) -> np.ndarray:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    if numpy_dtype(spec.dtype) is None:
-        raise BackendError(f"{spec} has no form in numpy", remedy="cast it to float32 in the model")
-    return tensor.numpy()

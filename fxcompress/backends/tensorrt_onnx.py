@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import torch
 from torch import fx
 
 from fxcompress.backends.base import BuildContext, Signature
@@ -15,12 +14,11 @@ from fxcompress.backends.bundle import Manifest
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.registry import backend_class
 from fxcompress.backends.tensorrt_check import Finding
-from fxcompress.backends.tensorrt_device import default_tolerance, sized_inputs
+from fxcompress.backends.tensorrt_device import default_tolerance, expected_outputs, sized_inputs
 from fxcompress.backends.tensorrt_origin import Origins
 from fxcompress.backends.tensorrt_profiles import Profile
 from fxcompress.backends.verification import verify_engine
 from fxcompress.errors import BackendError, VerificationError
-from fxcompress.graph.running import nested_inputs, outputs_of
 
 __all__ = ["node_names", "refuse", "verify_inside", "verify_onnx"]
 
@@ -95,12 +93,8 @@ def verify_inside(
     )
     sets = [sized_inputs(graph_module, signature, profile, context.example_inputs) for profile in profiles]
 
-    def expected(*leaves: torch.Tensor) -> list[torch.Tensor]:
-        outputs = outputs_of(graph_module, *nested_inputs(graph_module, leaves))
-        return [output for output in outputs if isinstance(output, torch.Tensor)]
-
     def verify(engine: Engine) -> Mapping[str, Any]:
-        errors = verify_engine(engine, expected, sets, tolerance)
+        errors = verify_engine(engine, lambda *leaves: expected_outputs(graph_module, leaves), sets, tolerance)
         shapes = [[list(leaf.shape) for leaf in leaves] for leaves in sets]
         return {"relative_error": errors, "tolerance": tolerance, "input_shapes": shapes}
 

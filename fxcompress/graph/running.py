@@ -15,7 +15,15 @@ from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.info import GraphInfo, info
 from fxcompress.heap import give_back
 
-__all__ = ["dynamic_sizes", "flat_inputs", "max_relative_error", "nested_inputs", "outputs_of", "resized"]
+__all__ = [
+    "computed_outputs",
+    "dynamic_sizes",
+    "flat_inputs",
+    "max_relative_error",
+    "nested_inputs",
+    "outputs_of",
+    "resized",
+]
 
 
 def flat_inputs(graph_module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -66,6 +74,13 @@ def outputs_of(
         leaves: list[Any] = pytree.tree_leaves(function(*args, **kwargs))
     give_back()
     return leaves
+
+
+def computed_outputs(graph_module: fx.GraphModule) -> list[bool]:
+    """For each output leaf, whether an engine gives it: tensors and sizes, but no constants."""
+    leaves = graph_module.graph.output_node().args[0]
+    values = [leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf for leaf in leaves]  # type: ignore[union-attr]
+    return [isinstance(value, (torch.Tensor, torch.SymInt)) for value in values]
 
 
 def dynamic_sizes(graph_module: fx.GraphModule, leaves: Sequence[Any]) -> dict[str, int]:

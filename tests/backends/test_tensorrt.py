@@ -379,6 +379,41 @@ def test_what_this_tensorrt_lacks_is_an_error(classic: ModuleType, tmp_path: Pat
     assert "layer 'conv' (Conv2d)" in str(caught.value.where)
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "remedy"),
+    [
+        ({}, "no bf16 kernel for conv/Conv", "use float16, or keep the layer that is named in float32: {keep}"),
+        ({}, "BF16 is not supported here", "use float16"),
+        (
+            {"workspace_bytes": 4096},
+            "Could not find any implementation for node conv/Conv due to insufficient workspace.",
+            "raise workspace_bytes, now 4096, or leave it out",
+        ),
+        ({}, "conv/Conv: insufficient workspace", "simplify the layer that is named, or ask for fewer options"),
+        ({"workspace_bytes": 4096}, "no tactic", "simplify the model, or ask for fewer options"),
+        ({"refit": True}, "an engine of another kind", "leave out refit and strip_plan"),
+        ({}, "Turing GPUs have no kernel", "leave sm75 out of compute_capabilities"),
+    ],
+)
+def test_what_the_builder_refuses_has_a_remedy(
+    classic: ModuleType, tmp_path: Path, options: dict[str, Any], said: str, remedy: str
+) -> None:
+    fake_tensorrt.Builder.refuses = said
+    with pytest.raises(BackendError, match=re.escape(said)) as caught:
+        TensorRT(library="tensorrt", **options).build(captured(Net(), X), tmp_path / "none", context())
+    keep = "ConvertPrecision(dtype='bfloat16', keep=('conv',))"
+    assert str(caught.value.remedy).startswith(remedy.format(keep=keep))
+    assert not (tmp_path / "none").exists()
+    assert ("layer 'conv' (Conv2d)" in str(caught.value.where)) is ("conv/Conv" in said)
+
+
+def test_the_remedy_for_bfloat16_can_be_followed(classic: ModuleType) -> None:
+    keep = fxc.passes.ConvertPrecision(dtype="bfloat16", keep=("conv",))
+    compiled = fxc.compile(Net().eval(), [keep], X, backend=TensorRT(library="tensorrt"))
+    assert compiled.module.get_submodule("conv").weight.dtype is torch.float32
+    assert compiled.module.get_submodule("head").weight.dtype is torch.bfloat16
+
+
 def test_an_old_tensorrt_and_a_directory_of_stubs(classic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classic, "__version__", "10.3.0")
     with pytest.raises(BackendError, match=r"10\.3\.0 is too old"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -21,6 +22,8 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.backends.bundle import read_manifest
+from fxcompress.backends.bundle_writer import BundleWriter
+from fxcompress.backends.reference import Reference, read_reference, write_reference
 from fxcompress.backends.tensorrt import TensorRT
 from fxcompress.backends.tensorrt_device import SCRIPTS
 from fxcompress.errors import BackendError
@@ -62,13 +65,14 @@ def programs(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> Iterator[tuple[An
 
 def test_what_lies_in_it(made: Path) -> None:
     manifest = read_manifest(made)
-    assert {"model.onnx", "tensorrt.json", "reference.npz", *SCRIPTS} <= set(manifest.files)
+    assert {"model.onnx", "tensorrt.json", "reference.safetensors", *SCRIPTS} == set(manifest.files)
     facts = json.loads((made / "tensorrt.json").read_text())
     assert facts["needs"] == {"tensorrt": "10.0", "tensorrt_rtx": "1.0"}
-    assert facts["build_on"] == "device" and facts["options"]["sparse_weights"] and facts["tolerance"] == 1e-4
-    with np.load(made / "reference.npz", allow_pickle=False) as arrays:
-        assert arrays["input_0"].shape == (4, 3, 8, 8)  # what the profile is tuned for, not the example's batch
-        assert arrays["output_0"].shape == (4, 8, 5)
+    assert facts["build_on"] == "device" and facts["options"]["sparse_weights"]
+    reference = read_reference(made)
+    assert reference is not None and reference.tolerance == 1e-4
+    assert reference.inputs[0].shape == (4, 3, 8, 8)  # what the profile is tuned for, not the example's batch
+    assert reference.outputs[0].shape == (4, 8, 5)
     assert "onnx_verification" in manifest.measurements
 
 
@@ -94,11 +98,15 @@ def test_it_needs_no_library_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_programs_are_python_3_8_and_need_numpy_alone(made: Path, name: str) -> None:
+def test_the_programs_are_python_3_8_and_need_tensorrt_and_numpy_alone(made: Path, name: str) -> None:
     tree = ast.parse((made / name).read_text(), feature_version=(3, 8))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) <= {"numpy", "build_engine"}
+    assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) <= {
+        "numpy",
+        "build_engine",
+        "tensorrt",
+    }
 
 
 @needs_rtx
@@ -233,11 +241,76 @@ def test_the_timing_cache_and_the_workspace(programs: tuple[Any, Any], bundle: P
 
 def test_reference_data_that_cannot_be_read(programs: tuple[Any, Any], bundle: Path) -> None:
     facts = json.loads((bundle / "tensorrt.json").read_text())
-    content = (bundle / "reference.npz").read_bytes()
-    for broken in (content[:100], b"", b"nothing"):
-        (bundle / "reference.npz").write_bytes(broken)
+    path = bundle / "reference.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    wrong = (
+        (b'"F32"', b'"F33"'),
+        (b'"output.0"', b'"output.1"'),
+        (b'"tolerance"', b'"tolerated"'),
+        (b"[4,8,5]", b"[4,8,6]"),
+    )
+    for broken in (content[:100], b"", b"nothing", content[: start + 7], *(content.replace(*pair) for pair in wrong)):
+        path.write_bytes(broken)
         with pytest.raises(sys.modules["build_engine"].Unfit, match="reference data cannot be read"):
             programs[1].read_reference(bundle, facts)
+
+
+def test_every_dtype_is_read_as_it_was_written(programs: tuple[Any, Any], tmp_path: Path) -> None:
+    names = ("float64", "float32", "float16", "bfloat16", "bool", "uint8", *(f"int{8 << power}" for power in range(4)))
+    tensors = [(torch.randn(3, 4) * 9).to(getattr(torch, name)).T for name in names]
+    tensors += [torch.tensor(7), torch.zeros(0, 3)]
+    assert write_reference(tmp_path, Reference(tuple(tensors), (tensors[3],), 0.25), limit=None) == ""
+    inputs, outputs, tolerance = programs[1].read_reference(tmp_path, {"inputs": tensors, "outputs": [None]})
+    assert tolerance == 0.25
+    for array, tensor in zip([*inputs, *outputs], [*tensors, tensors[3]], strict=True):
+        bits = tensor.contiguous().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+        np.testing.assert_array_equal(array.view(bits.numpy().dtype), bits.numpy())
+
+
+class Named(nn.Module):
+    """A dict, a size, and a constant, of two inputs of which one holds integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 6)
+
+    def forward(self, tokens: torch.Tensor, *, weight: torch.Tensor) -> dict[str, Any]:
+        return {"sum": (self.table(tokens) * weight).sum(1), "count": tokens.shape[0], "version": 3}
+
+
+def test_the_reference_of_a_model_with_dicts_and_sizes(tmp_path: Path) -> None:
+    """As large as it may be, and there without verification: a device has nothing else to go by."""
+    inputs = {"tokens": torch.randint(16, (2, 5)), "weight": torch.randn(2, 5, 6)}
+    backend = TensorRT(build_on="device", profiles=({"batch": (1, 3, 90_000)},))
+    compiled = fxc.compile(Named().eval(), example_inputs=inputs, progress=False)
+    compiled.export(backend, tmp_path / "small", verify=False)
+    reference = read_reference(tmp_path / "small")
+    assert reference is not None
+    assert [tuple(tensor.shape) for tensor in (*reference.inputs, *reference.outputs)] == [
+        (3, 5),
+        (3, 5, 6),
+        (3, 6),
+        (),
+    ]
+    assert reference.outputs[1] == 3
+    backend = TensorRT(build_on="device", profiles=({"batch": (1, 90_000, 90_000)},))
+    compiled.export(backend, tmp_path / "large")
+    assert (tmp_path / "large" / "reference.safetensors").stat().st_size > 8 << 20
+    assert "reference" not in read_manifest(tmp_path / "large").measurements
+
+
+def test_a_bundle_of_the_time_before_opens(bundle: Path, tmp_path: Path) -> None:
+    """Its reference data was an npz file, which its own programs read."""
+    manifest = read_manifest(bundle)
+    with BundleWriter(tmp_path / "old") as writer:
+        for name in manifest.files:
+            (writer.directory / name.replace(".safetensors", ".npz")).write_bytes((bundle / name).read_bytes())
+        facts = json.loads((bundle / "tensorrt.json").read_text()) | {"tolerance": 1e-4}
+        (writer.directory / "tensorrt.json").write_text(json.dumps(facts))
+        writer.commit(dataclasses.replace(manifest, files={}))
+    with fxc.load_engine(tmp_path / "old") as engine, pytest.raises(BackendError, match="to be built on the device"):
+        engine(torch.randn(2, 3, 8, 8))
 
 
 def test_errors_are_measured_as_fxcompress_does(programs: tuple[Any, Any]) -> None:
@@ -259,7 +332,7 @@ def test_bfloat16_travels_as_its_bits(programs: tuple[Any, Any], tmp_path: Path)
     backend = TensorRT(build_on="device")
     fxc.compile(model, example_inputs=(x,), backend=backend, output=tmp_path / "half", verify=False)
     facts = json.loads((tmp_path / "half" / "tensorrt.json").read_text())
-    (given,), (wanted,) = programs[1].read_reference(tmp_path / "half", facts)
+    (given,), (wanted,), _ = programs[1].read_reference(tmp_path / "half", facts)
     assert given.dtype == np.uint16
     np.testing.assert_array_equal(programs[1].as_float(given, "bfloat16"), x.double().numpy())
     np.testing.assert_array_equal(programs[1].as_float(wanted, "bfloat16"), model(x).detach().double().numpy())

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(os.environ.get("FXCOMPRESS_TENSORRT_STUBS", ROOT / ".venv" / "stubs"))
-CHECKED = ("tensorrt_build.py", "tensorrt_engine.py")
+CHECKED = ("tensorrt_build.py", "tensorrt_engine.py", "device/build_engine.py", "device/run_engine.py")
 SETTINGS = """
 [mypy]
 python_version = 3.11
@@ -62,10 +62,13 @@ def test_calls_fit_the_stubs(tmp_path: Path) -> None:
     def check() -> str:
         command = [sys.executable, "-m", "mypy", "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")]
         done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)
-        return "\n".join(line for line in done.stdout.splitlines() if line.startswith("fxcompress/backends/tensorrt"))
+        return "\n".join(line for line in done.stdout.splitlines() if line.startswith("fxcompress/backends/"))
 
     assert check() == ""
     # And that something was checked at all: a stub without a method that is called is noticed.
     stub = tmp_path / "stubs" / "tensorrt_bindings" / "tensorrt.pyi"
-    stub.write_text(stub.read_text().replace("def execute_async_v3(", "def execute_async_v4("))
-    assert "execute_async_v3" in check()
+    text = stub.read_text().replace("def execute_async_v3(", "def execute_async_v4(")
+    stub.write_text(text.replace("def add_optimization_profile(", "def add_profile("))
+    told = check().splitlines()
+    for name, call in zip(CHECKED, ("add_optimization_profile", "execute_async_v3") * 2, strict=True):
+        assert any(name in line and call in line for line in told), told

@@ -16,7 +16,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import tensorrt
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
@@ -93,22 +96,23 @@ def _numbers(version: str) -> tuple[int, ...]:
 def build(trt: Any, bundle: Path, facts: dict[str, Any], options: argparse.Namespace) -> bytes:
     """The serialized engine."""
     logger = make_logger(trt, options.verbose)
-    builder = trt.Builder(logger)
+    builder: tensorrt.Builder = trt.Builder(logger)
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if flag is None else 1 << int(flag))
-    parser = trt.OnnxParser(network, logger)
+    network: tensorrt.INetworkDefinition = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser: tensorrt.OnnxParser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(bundle / "model.onnx")):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise RuntimeError("the parser refuses the model: " + "; ".join(map(_told, errors)))
-    config = builder.create_builder_config()
+    config: tensorrt.IBuilderConfig = builder.create_builder_config()
     configure(trt, config, facts["options"], options)
+    set_targets(trt, config, options.compute_capability or [])
     for told in facts["profiles"]:
-        profile = builder.create_optimization_profile()
+        profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
         for name, shapes in told["shapes"].items():
             profile.set_shape(name, *[tuple(shape) for shape in shapes])
         if config.add_optimization_profile(profile) < 0:
             raise RuntimeError(f"the profile is refused: {told['sizes']}")
-    cache = None
+    cache: tensorrt.ITimingCache | None = None
     if options.timing_cache:
         path = Path(options.timing_cache)
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
@@ -122,7 +126,7 @@ def build(trt: Any, bundle: Path, facts: dict[str, Any], options: argparse.Names
     return bytes(plan)
 
 
-def configure(trt: Any, config: Any, told: dict[str, Any], options: argparse.Namespace) -> None:
+def configure(trt: Any, config: tensorrt.IBuilderConfig, told: dict[str, Any], options: argparse.Namespace) -> None:
     """Set what the bundle asks for; what the library lacks is an error."""
     for name in ("sparse_weights", "version_compatible"):
         if told[name]:
@@ -138,11 +142,15 @@ def configure(trt: Any, config: Any, told: dict[str, Any], options: argparse.Nam
     workspace = told["workspace_bytes"] if options.workspace_mib is None else options.workspace_mib << 20
     if workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    targets = options.compute_capability
+
+
+def set_targets(trt: Any, config: Any, targets: list[str]) -> None:
+    """Build for other GPUs than this machine's, which TensorRT for RTX alone can, and its type stubs leave out."""
     if targets:
         config.num_compute_capabilities = len(targets)
-        for index, name in enumerate(targets):
-            config.set_compute_capability(_known(trt.ComputeCapability, name.upper()), index)
+    for index, name in enumerate(targets):
+        if not config.set_compute_capability(_known(trt.ComputeCapability, name.upper()), index):
+            raise RuntimeError(f"the library refuses the compute capability {name}")
 
 
 def _known(kind: Any, name: str) -> Any:
@@ -151,7 +159,7 @@ def _known(kind: Any, name: str) -> Any:
     return getattr(kind, name)
 
 
-def _told(error: Any) -> str:
+def _told(error: tensorrt.ParserError) -> str:
     name = error.node_name() if hasattr(error, "node_name") else ""
     return f"{name}: {error.desc().strip().splitlines()[0]}"
 
