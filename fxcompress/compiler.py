@@ -86,7 +86,13 @@ def compile(
             check = check_capture(source, captured, leaves)
         manager = PassManager(steps, prove=verify)
         latency = latency_on(leaves, lowering) if leaves is not None else None
-        context = PassContext(example_inputs=leaves, original=captured, latency=latency, progress=bar.part)
+        context = PassContext(
+            example_inputs=leaves,
+            original=captured,
+            progress=bar.part,
+            latency=latency,
+            check_backend=resolve_backend,
+        )
         run = manager.run(
             captured,
             context,

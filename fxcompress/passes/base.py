@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxcompress.options import Options, check_types
 
@@ -90,6 +91,8 @@ class PassContext:
         progress: called with (done, total, what) by long passes.
         hooks: act on every run of training inside (:class:`fxcompress.training.hooks.Hook`).
         prove: whether passes that hold passes compare outputs before and after each.
+        check_backend: raises where no backend has that name, or its library is missing; None where nothing is checked.
+        measured: milliseconds by what was measured, for passes that meet the same layers again.
         latency: median milliseconds of a graph on the backend of that name, measured now, with flat inputs as a third
             argument where they are not the example inputs; None where nothing can be measured.
     """
@@ -99,6 +102,8 @@ class PassContext:
     seed: int = 0
     progress: Callable[[int, int, str], None] | None = None
     latency: Callable[..., float] | None = None
+    check_backend: Callable[[str], object] | None = None
+    measured: dict[Hashable, float] = field(default_factory=dict)
     hooks: Sequence[Any] = ()
     prove: bool = True
 
@@ -152,15 +157,34 @@ def _text(value: Any) -> str:
     """A value as it is written; of data only what it is."""
     if isinstance(value, Pass):
         return str(value)
+    if (count := _batches(value)) is not None:
+        return f"<{count}>"
     if isinstance(value, tuple):
         return f"({', '.join(map(_text, value))}{',' if len(value) == 1 else ''})"
-    literal = value is None or isinstance(value, (bool, int, float, str, Mapping))
+    literal = value is None or isinstance(value, (bool, int, float, str))
+    literal = literal or (isinstance(value, Mapping) and not _holds_numbers(value))
     return repr(value) if literal else f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"
+
+
+def _batches(value: Any) -> str | None:
+    """How many batches a list of them has; None for what is no such list."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    if not _holds_numbers(value[0]):
+        return None
+    return f"{len(value)} batch{'es' if len(value) > 1 else ''}"
+
+
+def _holds_numbers(value: Any) -> bool:
+    """Whether it is, or holds, tensors or arrays."""
+    return any(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in pytree.tree_leaves(value))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Pass):
         return {value.name: value.options}
+    if (count := _batches(value)) is not None:
+        return count
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

@@ -431,6 +431,46 @@ def test_latency_decides_where_it_is_asked_for():
     assert {skip.site: skip.code for skip in result.skipped} == {"0": "does_not_pay"}
 
 
+class Blocks(nn.Module):
+    """Layers of two shapes, several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(16, 48), nn.ReLU(), nn.Linear(48, 16)) for _ in range(3)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_latency_of_equal_layers_is_measured_once():
+    measured = []
+
+    def latency(graph, backend, inputs):
+        measured.append((backend, tuple(inputs[0].shape), tuple(tuple(p.shape) for p in graph.parameters())))
+        return float(-len(list(graph.parameters())))
+
+    context = PassContext(latency=latency)
+    for _ in range(2):
+        graph_module = capture(Blocks().eval(), (torch.randn(2, 5, 16),), dynamic_shapes="batch")
+        result = FactorizeLinear(rank=4, cost="latency").run(graph_module, context)
+        assert len(result.rewrites) == 6
+        assert len(measured) == len(set(measured)) == 4
+    FactorizeLinear(rank=5, cost="latency").run(
+        capture(Blocks().eval(), (torch.randn(2, 5, 16),), dynamic_shapes="batch"), context
+    )
+    assert len(measured) == 6  # the layers as they were are known
+
+
+def test_an_unknown_backend_is_refused_before_data_is_read():
+    class Unread(list):
+        def __iter__(self):
+            raise AssertionError("the data was read")
+
+    pass_ = FactorizeLinear(ratio=0.5, cost="latency", backend="onnxruntim", calibration=Unread([torch.randn(4, 24)]))
+    with pytest.raises(OptionError, match="did you mean 'onnxruntime'"):
+        fxc.compile(mlp(), [pass_], (torch.randn(2, 24),))
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_together_with_fusion_and_pruning(before):
     torch.manual_seed(0)

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+import torch
 
 from fxcompress.errors import OptionError
-from fxcompress.passes import FuseModules, Numerics, Pass, PassResult, registry
+from fxcompress.passes import FactorizeLinear, FuseModules, Numerics, Pass, PassResult, registry
 from fxcompress.passes.registry import make_pass, parse_pass, pass_names, resolve_passes
 
 
@@ -62,6 +63,21 @@ def test_what_is_wrong_is_said(scale, text, said):
     with pytest.raises(OptionError) as caught:
         parse_pass(text)
     assert said in str(caught.value)
+
+
+def test_of_data_it_is_told_how_much_there_is():
+    x = torch.zeros(2, 3)
+    for data, told in (
+        ([x] * 12, "12 batches"),
+        ((x,), "1 batch"),
+        ([(x, x), (x, x)], "2 batches"),
+        ([{"ids": x}], "1 batch"),
+        (torch.zeros(8, 3).split(2), "4 batches"),
+    ):
+        made = FactorizeLinear(ratio=0.25, calibration=data)
+        assert str(made) == f"factorize_linear(ratio=0.25, calibration=<{told}>)"
+        assert made.options["calibration"] == told
+    assert FactorizeLinear(calibration=iter([x])).options["calibration"] == "list_iterator"
 
 
 def test_options_are_checked_when_constructed():

@@ -116,8 +116,12 @@ def _quantiles(
 
 
 def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:
-    """Whether rounding of the Gram matrix, a few units of its largest eigenvalue, is nothing against the loss."""
-    return 10 * torch.finfo(dtype).eps * largest * math.sqrt(rank) <= _ROUNDING * loss
+    """Whether rounding of the Gram matrix, a few units of its largest eigenvalue, is nothing against the loss.
+
+    Nor may the loss be so small that what it is made of falls below the least number of the dtype.
+    """
+    limits = torch.finfo(dtype)
+    return max(10 * limits.eps * largest * math.sqrt(rank), limits.tiny / limits.eps) <= _ROUNDING * loss
 
 
 def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, top: float) -> torch.Tensor:

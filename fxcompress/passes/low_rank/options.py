@@ -62,9 +62,11 @@ def check_latency(options: Any, context: PassContext) -> None:
     """Refuse a latency goal where no latency can be measured.
 
     Raises:
-        OptionError: the pass runs outside of ``compile()``.
+        OptionError: the pass runs outside of ``compile()``, or there is no such backend.
     """
     if options.cost == "latency" and context.latency is None:
         raise OptionError(
             "latency cannot be measured here", where="cost", remedy="run the pass inside compile(), or count parameters"
         )
+    if options.cost == "latency" and context.check_backend is not None:
+        context.check_backend(options.backend)

@@ -70,6 +70,16 @@ def test_zero_matrix():
     assert made.tail == 0
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e18, 1e25])
+def test_weights_whose_squares_leave_float32(scale):
+    weight = torch.randn(1, 520, 600, generator=torch.Generator().manual_seed(8)) * scale
+    for rank in (26, 200):
+        made = truncate(weight, plain_metric(), rank)
+        error = float((weight[0].double() - made.outer[0].double() @ made.inner[0].double()).norm())
+        optimum = float(torch.linalg.svdvals(weight[0].double())[rank:].norm())
+        assert error <= optimum * (1 + 1e-5)
+
+
 def of_spectrum(values: torch.Tensor, width: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = len(values)
