@@ -120,6 +120,7 @@ def nncf(model: nn.Module, folder: Path, floating: Path) -> Path:
 
 METHODS: dict[str, Callable[[nn.Module, Path, Path], Path]] = {
     "fxcompress": ours(lambda data: [Quantize(data)]),
+    "fxcompress, mse": ours(lambda data: [Quantize(data, observer="mse")]),
     "fxcompress, mse, biases kept": ours(lambda data: [Quantize(data, observer="mse", correct_bias=False)]),
     "fxcompress, roundings learned": ours(
         lambda data: [Quantize(data), RoundAdaptively(data, samples=64, iterations=300)]

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 __all__ = ["separate_zero_points"]
 
-_INPUTS = {"DequantizeLinear": (2,), "DynamicQuantizeLSTM": (9, 11), "MatMulInteger": (3,)}
+_INPUTS = {"DequantizeLinear": (2,), "DynamicQuantizeLSTM": (9, 11)}
 
 
 def separate_zero_points(graph: onnx.GraphProto, weights: Mapping[str, torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.info import info
 from fxcompress.graph.running import flat_inputs
 
-__all__ = ["Batch", "as_batch", "batches", "check_limit", "usable_device"]
+__all__ = ["Batch", "as_batch", "batches", "check_limit", "first_samples", "usable_device"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,22 @@ def batches(
             where="calibration data",
             remedy="give a list or a DataLoader; a generator that was read once is empty",
         )
+
+
+def first_samples(graph_module: fx.GraphModule, batch: Batch, count: int) -> Batch:
+    """The first samples of a batch; all of it where the graph takes no other size. What it holds beside is left out."""
+    symbols = [_first_size(node) for node in graph_module.graph.find_nodes(op="placeholder")]
+    symbol = next((size for size in symbols if size is not None), None)
+    if not isinstance(symbol, torch.SymInt) or count >= batch.size:
+        return batch
+    cut = [str(size) == str(symbol) for size in symbols]
+    leaves = [leaf[:count] if is_cut else leaf for leaf, is_cut in zip(batch.leaves, cut, strict=True)]
+    return Batch(leaves, (), None)
+
+
+def _first_size(placeholder: fx.Node) -> Any:
+    value = placeholder.meta.get("val")
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else None
 
 
 def check_limit(limit: int | None) -> None:

@@ -48,7 +48,7 @@ class Calibrate(Pass):
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         """One pass over the data, then the grids."""
-        grids = calibrate(
+        made = calibrate(
             graph_module,
             self.data,
             observer=self.observer,
@@ -59,6 +59,6 @@ class Calibrate(Pass):
         )
         rewrites = [
             Rewrite(grid.path, f"[{grid.low:.4g}, {grid.high:.4g}], scale {grid.scale:.4g}", described(grid))
-            for grid in grids
+            for grid in made.grids
         ]
-        return PassResult(graph_module, tuple(rewrites))
+        return PassResult(graph_module, tuple(rewrites), (), str(made))

@@ -15,7 +15,7 @@ from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.shapes import require_shapes
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
 from fxcompress.quantization.account import layer_details, unusual
-from fxcompress.quantization.calibrate import Calibrated, calibrate, stubs_of
+from fxcompress.quantization.calibrate import Calibration, calibrate, stubs_of
 from fxcompress.quantization.damage import measure_damage
 from fxcompress.quantization.depthwise import equalize_depthwise
 from fxcompress.quantization.insert import insert_stubs
@@ -118,6 +118,7 @@ class Quantize(Pass):
         if not made.placement.layers:
             skip = Skip("all", "nothing_to_quantize", "no layer of this graph can be quantized")
             return PassResult(graph_module, (), (*_left(made.placement, {}), skip))
+        cost = str(made.calibration)  # what is made later finds all of it known
         kept: dict[str, tuple[str, str]] = {}
         note = ""
         if self.max_drop is not None:
@@ -137,7 +138,7 @@ class Quantize(Pass):
                 return PassResult(graph_module, (), skipped, note)
             note = "; ".join(filter(None, (note, f"{told_speed} on {self.scheme}")))
         noise = layer_noise(floating, made.graph_module, made.placement.layers, data, limit=_NOISE_BATCHES)
-        details = layer_details(made.placement, made.scheme, made.grids, noise, made.repaired)
+        details = layer_details(made.placement, made.scheme, made.calibration.grids, noise, made.repaired)
         order = sorted(details, key=lambda path: noise[path].decibels)
         rewrites = [Rewrite(path, f"{noise[path].decibels:.1f} dB", details[path]) for path in order]
         told = (
@@ -146,7 +147,7 @@ class Quantize(Pass):
         )
         if equalized:
             told += f"; the channels that {len(equalized)} depthwise convolutions read have one range"
-        told = "; ".join([told, *unusual(made.grids)])
+        told = "; ".join([told, *unusual(made.calibration.grids), cost])
         left = tuple(_left(made.placement, kept))
         return PassResult(made.graph_module, tuple(rewrites), left, "; ".join(filter(None, (told, note))))
 
@@ -163,9 +164,9 @@ class Quantize(Pass):
         scheme = scheme_of(self.scheme, weight_bits=self.weight_bits)
         ignored = ignored_by(made, self.ignore, self.ignore_kinds, self.ends)
         placement = insert_stubs(made, scheme, lambda path: "it loses too much" if path in kept else ignored(path))
-        grids: list[Calibrated] = []
+        calibration = Calibration([], 0, 0.0, 0, 0.0)
         if placement.layers:
-            grids = calibrate(
+            calibration = calibrate(
                 made,
                 data,
                 observer=self.observer,
@@ -179,7 +180,7 @@ class Quantize(Pass):
         if placement.layers and self.correct_bias:
             paths, _ = repairable(made)
             repaired = repair(made, data, paths, samples=_REPAIR_SAMPLES, limit=self.batches, progress=context.progress)
-        return _Made(made, placement, scheme, grids, repaired)
+        return _Made(made, placement, scheme, calibration, repaired)
 
     def _milliseconds(self, graphs: Sequence[fx.GraphModule], context: PassContext) -> list[float]:
         """Latency of each on the engine: the lower of two medians, measured in turns."""
@@ -270,7 +271,7 @@ class _Made:
     graph_module: fx.GraphModule
     placement: Placement
     scheme: Scheme
-    grids: list[Calibrated]
+    calibration: Calibration
     repaired: Mapping[str, Repaired]
 
 

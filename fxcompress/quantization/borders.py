@@ -42,7 +42,7 @@ def border_noise(graph_module: fx.GraphModule, outputs: Sequence[Any], run: Call
 
         def moved(stub: nn.Module, args: tuple[Any, ...], generator: torch.Generator = generator) -> tuple[Any, ...]:
             assert isinstance(stub, Quantizer)
-            values, scale = args[0], stub._shaped(args[0])[0]
+            values, scale = args[0], stub.grid(args[0])[0]
             draw = torch.rand(values.shape, generator=generator).to(values)
             return ((values + (2 * draw - 1) * _SHARE * scale).to(values.dtype),) if stub.enabled else args
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,13 @@ from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import as_batch
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.edit import GraphEditor
-from fxcompress.quantization.damage import SAMPLES, NotDifferentiableError, damage_of_grids
+from fxcompress.quantization.damage import GRID_SAMPLES, NotDifferentiableError, damage_of_grids
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.observers import CANDIDATES, extremes, observed_range, statistic_of, weight_range
 from fxcompress.quantization.types import QuantType, parameters_of_range
 
-__all__ = ["Calibrated", "calibrate", "stubs_of"]
+__all__ = ["Calibrated", "Calibration", "calibrate", "stubs_of"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,29 @@ class Calibrated:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The grids, and what they cost.
+
+    Attributes:
+        grids: of every stub and weight.
+        samples: that ranges were collected on; 0 where all was known before.
+        seconds: that it took.
+        refined: samples that were run there and back to choose between ranges.
+        refining: seconds that it took.
+    """
+
+    grids: list[Calibrated]
+    samples: int
+    seconds: float
+    refined: int
+    refining: float
+
+    def __str__(self) -> str:
+        told = f"calibrated on {self.samples} samples in {self.seconds:.3g} s"
+        return f"{told}, ranges refined on {self.refined} of them in {self.refining:.3g} s" if self.refined else told
+
+
 def stubs_of(graph_module: fx.GraphModule) -> dict[str, list[fx.Node]]:
     """Stubs of activations: path → the nodes that call it."""
     found: dict[str, list[fx.Node]] = {}
@@ -65,7 +89,7 @@ def calibrate(
     limit: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     known: dict[Any, Any] | None = None,
-) -> list[Calibrated]:
+) -> Calibration:
     """Set the grid of every stub. Activations are those of the model in floating point.
 
     Args:
@@ -93,20 +117,23 @@ def calibrate(
     wanted = {str(node.args[0]): statistic for nodes in stubs.values() for node in nodes}
     requests = {name: statistic for name in wanted if name not in known}
     read = _Remembered(floating, data) if isinstance(data, Iterator) else data
+    samples, started = 0, time.perf_counter()
     if requests or not wanted:
         found = collect(floating, read, requests, limit=limit, progress=progress, padding=False)
+        samples = found.samples
         known.update({name: found[name, statistic] for name in requests})
     kinds = {path: _fresh(graph_module, path).kind for path in stubs}
     values = {path: tuple(str(node.args[0]) for node in nodes) for path, nodes in stubs.items()}
     seen = {path: [known[value] for value in values[path]] for path in stubs}
-    fallback = ""
+    fallback, refined, collected = "", 0, time.perf_counter()
     if observer == "damage":
         fresh = {path: found for path, found in seen.items() if values[path] not in known}
-        chosen, fallback = _least_damage(floating, read, fresh, kinds, percentile, limit)
+        chosen, refined, fallback = _least_damage(floating, read, fresh, kinds, percentile, limit)
         known.update({values[path]: ends for path, ends in chosen.items()})
         ranges = {path: known[values[path]] for path in stubs}
     else:
         ranges = {path: observed_range(observer, seen[path], kinds[path], percentile) for path in stubs}
+    ready = time.perf_counter()
     told: list[Calibrated] = []
     with GraphEditor(graph_module) as editor:
         for path, (low, high) in ranges.items():
@@ -118,7 +145,7 @@ def calibrate(
             )
         for path in layers:
             told.append(_set_weight(graph_module, editor, path, weight_observer))
-    return told
+    return Calibration(told, samples, collected - started, refined, ready - collected)
 
 
 class _Remembered:
@@ -134,7 +161,7 @@ class _Remembered:
         samples = 0
         for batch in self.data:
             yield batch
-            if samples < SAMPLES:
+            if samples < GRID_SAMPLES:
                 self.first.append(batch)
                 samples += as_batch(self.graph_module, batch).size
 
@@ -146,22 +173,22 @@ def _least_damage(
     kinds: Mapping[str, QuantType],
     percentile: float,
     limit: int | None,
-) -> tuple[dict[str, tuple[float, float]], str]:
-    """For each stub the range of those that the candidates give which moves the outputs least; why not, if not."""
+) -> tuple[dict[str, tuple[float, float]], int, str]:
+    """For each stub the range of those that the candidates give which moves the outputs least; samples; why not."""
     ranges = {
         path: list(dict.fromkeys(observed_range(name, found, kinds[path], percentile) for name in CANDIDATES))
         for path, found in seen.items()
     }
     grids = {path: [_gridded(floating, path, *ends) for ends in found] for path, found in ranges.items()}
     open_ = {path: found for path, found in grids.items() if len(found) > 1}
-    why = ""
+    why, samples = "", 0
     damage: dict[str, list[float]] = {}
     try:
-        damage = damage_of_grids(floating, data, open_, limit=limit) if open_ else {}
+        damage, samples = damage_of_grids(floating, data, open_, limit=limit) if open_ else ({}, 0)
     except NotDifferentiableError as error:
         why = f"by {CANDIDATES[0]} instead: {error.problem}"
     best = {path: min(range(len(found)), key=found.__getitem__) for path, found in damage.items()}
-    return {path: found[best.get(path, 0)] for path, found in ranges.items()}, why
+    return {path: found[best.get(path, 0)] for path, found in ranges.items()}, samples, why
 
 
 def _unusual(low: float, high: float) -> str:

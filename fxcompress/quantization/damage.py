@@ -16,18 +16,22 @@ import torch
 from torch import fx, nn
 
 from fxcompress.errors import PreconditionError
-from fxcompress.graph.batches import batches
+from fxcompress.graph.batches import batches, first_samples
 from fxcompress.graph.copying import copy_graph
 from fxcompress.quantization.fake_quant import Quantizer
+from fxcompress.quantization.grid_choice import GridChoice
 from fxcompress.quantization.layers import QUANTIZED
 
-__all__ = ["SAMPLES", "Damage", "NotDifferentiableError", "damage_of_grids", "measure_damage"]
+__all__ = ["GRID_SAMPLES", "SAMPLES", "Damage", "NotDifferentiableError", "damage_of_grids", "measure_damage"]
 
 _LAYERS = tuple(QUANTIZED.values())
 SAMPLES = 32
-"""That damage is measured on."""
+"""That the damage of a quantized graph is measured on."""
+GRID_SAMPLES = 8
+"""That grids are chosen on. Four choose hardly worse: all grids of a place see the same gradients."""
 
-_Error = Callable[[torch.Tensor], torch.Tensor]  # what rounding adds to a value
+_Damage = Callable[[torch.Tensor, torch.Tensor], Sequence[float]]
+"""Of a value and the gradient there: what each of its roundings does, summed over samples."""
 
 
 class NotDifferentiableError(PreconditionError):
@@ -61,12 +65,11 @@ def measure_damage(graph_module: fx.GraphModule, data: Iterable[Any], *, samples
         NotDifferentiableError: an operation has no derivative.
         PreconditionError: the data is empty or does not fit.
     """
-    copied = _frozen(graph_module)
-    runner = _Runner(copied, None)
-    power = _total_power(runner, data, samples)
+    runner = _WholeRunner(_frozen(graph_module))
+    power, _ = _total_power(runner, data, samples)
     weights = {path: found[0] / power for path, found in runner.weights.items()}
     stubs = {path: found[0] / power for path, found in runner.stubs.items()}
-    return Damage(weights, stubs, _by_layer(copied, weights, stubs))
+    return Damage(weights, stubs, _by_layer(runner.graph_module, weights, stubs))
 
 
 def damage_of_grids(
@@ -74,9 +77,9 @@ def damage_of_grids(
     data: Iterable[Any],
     grids: Mapping[str, Sequence[Quantizer]],
     *,
-    samples: int = SAMPLES,
+    samples: int = GRID_SAMPLES,
     limit: int | None = None,
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], int]:
     """What each of several grids for each stub would do to the outputs, all from the same walk.
 
     Args:
@@ -87,26 +90,29 @@ def damage_of_grids(
         limit: most batches to read.
 
     Returns:
-        path → damage of each of its grids; nothing for stubs that the outputs do not depend on.
+        path → damage of each of its grids, nothing for stubs that the outputs do not depend on; and the number of
+        samples that were read.
 
     Raises:
         NotDifferentiableError: an operation has no derivative.
         PreconditionError: the data is empty or does not fit.
     """
-    runner = _Runner(_frozen(graph_module), grids)
-    power = _total_power(runner, data, samples, limit)
-    return {path: [total / power for total in found] for path, found in runner.stubs.items()}
+    runner = _GridRunner(_frozen(graph_module), grids)
+    power, seen = _total_power(runner, data, samples, limit)
+    return {path: [total / power for total in found] for path, found in runner.stubs.items()}, seen
 
 
-def _total_power(runner: _Runner, data: Iterable[Any], samples: int, limit: int | None = None) -> float:
+def _total_power(runner: _Runner, data: Iterable[Any], samples: int, limit: int | None = None) -> tuple[float, int]:
+    """Walk over the first samples; the square of the outputs, and how many samples there were."""
     generator = torch.Generator().manual_seed(0)
     power, seen = 0.0, 0
     for batch in batches(runner.graph_module, data, limit=limit):
-        power += runner.add(batch.leaves, generator)
-        seen += batch.size
+        part = first_samples(runner.graph_module, batch, samples - seen)
+        power += runner.add(part.leaves, generator)
+        seen += part.size
         if seen >= samples:
             break
-    return max(power, 1e-30)
+    return max(power, 1e-30), seen
 
 
 def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -123,13 +129,11 @@ def _frozen(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 class _Runner(fx.Interpreter):
-    """Runs the graph in floating point, there and back; adds up what each stub would move as its gradient comes."""
+    """Runs the graph in floating point, there and back; adds up what each place would move as its gradient comes."""
 
-    def __init__(self, graph_module: fx.GraphModule, grids: Mapping[str, Sequence[Quantizer]] | None) -> None:
+    def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.graph_module = graph_module
-        self.grids = grids
-        self.weights: dict[str, list[float]] = {}
         self.stubs: dict[str, list[float]] = {}
         self.sources: list[torch.Tensor] = []  # where differentiation ends
 
@@ -137,63 +141,85 @@ class _Runner(fx.Interpreter):
         """Take in one batch; the square of its outputs."""
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            given = [x.detach().requires_grad_() if _is_real(x) else x for x in leaves]
-            self.sources = [x for x in given if _is_real(x)]
-            outputs = super().run(*given, enable_io_processing=False)
-            found = [x for x in _leaves(outputs) if _is_real(x) and x.requires_grad]
+            self.sources = []
+            given = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
+            outputs = [x for x in _leaves(super().run(*given, enable_io_processing=False)) if _is_real(x)]
+            moved = [x for x in outputs if x.requires_grad]
             signs = [
-                (torch.randint(2, x.shape, generator=generator, dtype=x.dtype) * 2 - 1).to(x.device) for x in found
+                (torch.randint(2, x.shape, generator=generator, dtype=x.dtype) * 2 - 1).to(x.device) for x in moved
             ]
             try:
-                if found:
-                    torch.autograd.grad(found, self.sources, signs, allow_unused=True)
+                if moved:
+                    torch.autograd.grad(moved, self.sources, signs, allow_unused=True)
             except RuntimeError as error:
                 raise NotDifferentiableError(
                     f"the graph cannot be differentiated: {str(error).splitlines()[0]}",
                     remedy="leave max_drop out",
                 ) from error
         self.sources = []
-        return sum(float(x.detach().double().square().sum()) for x in found)
+        return sum(float(x.detach().double().square().sum()) for x in outputs)
+
+    def watched(self, totals: dict[str, list[float]], path: str, value: torch.Tensor, damage: _Damage) -> torch.Tensor:
+        """The value, to be used in its place: when its gradient comes, ``damage`` adds to the totals of ``path``."""
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+            self.sources.append(value)
+        held = value.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            with torch.no_grad():
+                found = damage(held, gradient)
+            totals[path] = [a + b for a, b in zip(totals.get(path, [0.0] * len(found)), found, strict=True)]
+
+        value.register_hook(add)
+        return value
+
+
+class _GridRunner(_Runner):
+    """Several grids for each stub; layers do not round their weights."""
+
+    def __init__(self, graph_module: fx.GraphModule, grids: Mapping[str, Sequence[Quantizer]]) -> None:
+        super().__init__(graph_module)
+        generator = torch.Generator().manual_seed(0)
+        self.choices = {path: GridChoice(found, generator) for path, found in grids.items()}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(self.fetch_attr(target), Quantizer):
+            return super().call_module(target, args, kwargs)
+        if target not in self.choices:
+            return args[0]
+        # A value of its own, for the stub may serve some of the readers only.
+        return self.watched(self.stubs, target, args[0].view_as(args[0]), self.choices[target].damage)
+
+
+class _WholeRunner(_Runner):
+    """The grid that each stub has, and the weights."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        super().__init__(graph_module)
+        self.weights: dict[str, list[float]] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer: Any = self.fetch_attr(target)
         if isinstance(layer, Quantizer):
-            rounding = [layer] if self.grids is None else self.grids.get(target, ())
-            value = args[0] * 1  # a value of its own: the stub may serve some of the readers only
-            return self._watched(self.stubs, target, value, [_error_of(quantizer) for quantizer in rounding])
-        if not isinstance(layer, _LAYERS) or self.grids is not None:
+            return self.watched(self.stubs, target, args[0].view_as(args[0]), _exactly(layer))
+        if not isinstance(layer, _LAYERS):
             return super().call_module(target, args, kwargs)
         quantizer: Any = layer.weight_quantizer
         enabled, quantizer.enabled = quantizer.enabled, False
         value = layer(args[0])
         quantizer.enabled = enabled
         read = args[0].detach()
-        return self._watched(self.weights, target, value, [lambda x: layer(read) - x])
-
-    def _watched(
-        self, totals: dict[str, list[float]], path: str, value: torch.Tensor, errors: Sequence[_Error]
-    ) -> torch.Tensor:
-        if not errors:
-            return value
-        if not value.requires_grad:
-            value = value.detach().requires_grad_()
-            self.sources.append(value)
-        found = totals.setdefault(path, [0.0] * len(errors))
-        held = value.detach()
-
-        def add(gradient: torch.Tensor) -> None:
-            with torch.no_grad():
-                for index, error in enumerate(errors):
-                    product = (gradient * error(held)).double()
-                    per_sample = product.flatten(1).sum(1) if product.dim() > 1 else product.sum()
-                    found[index] += float(per_sample.square().sum())
-
-        value.register_hook(add)
-        return value
+        return self.watched(self.weights, target, value, _exactly(lambda _: layer(read)))
 
 
-def _error_of(quantizer: Quantizer) -> _Error:
-    return lambda x: quantizer(x) - x
+def _exactly(rounded: Callable[[torch.Tensor], torch.Tensor]) -> _Damage:
+    def damage(value: torch.Tensor, gradient: torch.Tensor) -> list[float]:
+        product = (gradient * (rounded(value) - value)).double()
+        per_sample = product.flatten(1).sum(1) if product.dim() > 1 else product.sum()
+        return [float(per_sample.square().sum())]
+
+    return damage
 
 
 def _by_layer(

@@ -101,10 +101,11 @@ class Quantizer(nn.Module):
 
     def integers(self, x: torch.Tensor) -> torch.Tensor:
         """The integers that stand for ``x``, int32."""
-        scale, zero = self._shaped(x)
+        scale, zero = self.grid(x)
         return (x / scale + zero).round().clamp(self.kind.minimum, self.kind.maximum).to(torch.int32)
 
-    def _shaped(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def grid(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point, of a shape that goes with ``x`` element by element."""
         if self.axis is None:
             return self.scale, self.zero_point
         shape = [1] * x.dim()
@@ -112,7 +113,7 @@ class Quantizer(nn.Module):
         return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
-        scale, zero = self._shaped(x)
+        scale, zero = self.grid(x)
         if self.gain is not None:
             scale = scale * self.gain.reshape(scale.shape)
         place = x.float() / scale + zero  # half precision cannot tell 256 values apart

@@ -23,6 +23,7 @@ __all__ = [
     "CANDIDATES",
     "OBSERVERS",
     "ObserverName",
+    "RunningSums",
     "check_observer",
     "extremes",
     "observed_range",
@@ -103,10 +104,13 @@ def observed_range(observer: str, seen: list[Any], kind: QuantType, percentile: 
     used = histogram.counts > 0
     counts, centres = histogram.counts[used], centres[used].clamp(low, high)
     shares = torch.linspace(_LEAST_SHARE, 1.0, _SHARES, dtype=torch.float64)
-    if observer == "histogram":
-        return _ends(counts, centres, low, high, shares, kind)
-    loss = _squared_error if observer == "mse" else _divergence
-    losses = loss(counts, centres, low * shares, high * shares, kind)
+    if observer == "entropy":
+        losses = _divergence(counts, centres, low * shares, high * shares, kind)
+    else:
+        sums = RunningSums(counts, centres)
+        if observer == "histogram":
+            return _ends(sums, low, high, shares, kind)
+        losses = sums.squared_error(low * shares, high * shares, kind)
     best = len(losses) - 1 - int(losses.flip(0).argmin())  # the widest of equals: all are, for a constant
     return low * float(shares[best]), high * float(shares[best])
 
@@ -117,16 +121,14 @@ def extremes(seen: list[Any]) -> tuple[float, float]:
     return min(float(low) for low, _ in ends), max(float(high) for _, high in ends)
 
 
-def _ends(
-    counts: torch.Tensor, centres: torch.Tensor, low: float, high: float, shares: torch.Tensor, kind: QuantType
-) -> tuple[float, float]:
+def _ends(sums: RunningSums, low: float, high: float, shares: torch.Tensor, kind: QuantType) -> tuple[float, float]:
     """One end after the other where the squared error is least, until neither moves: the error never grows."""
     lows, highs = low * shares, high * shares
     found = low, high
     for _ in range(8):
-        error = _squared_error(counts, centres, lows, torch.full_like(lows, found[1]), kind)
+        error = sums.squared_error(lows, torch.full_like(lows, found[1]), kind)
         below = float(lows[int(error.argmin())])
-        error = _squared_error(counts, centres, torch.full_like(highs, below), highs, kind)
+        error = sums.squared_error(torch.full_like(highs, below), highs, kind)
         before, found = found, (below, float(highs[int(error.argmin())]))
         if before == found:
             break
@@ -170,15 +172,35 @@ def _rounding_error(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, k
     return (on_grid - rows).square().sum(1)
 
 
-def _squared_error(
-    counts: torch.Tensor, centres: torch.Tensor, low: torch.Tensor, high: torch.Tensor, kind: QuantType
-) -> torch.Tensor:
-    """``[candidates]`` expected squared error. Within a step values are taken as evenly spread: scale² / 12."""
-    scale, zero = (part.double()[:, None] for part in parameters_of_range(low, high, kind))
-    least, most = (kind.minimum - zero) * scale, (kind.maximum - zero) * scale
-    outside = centres[None] - centres[None].clamp(least, most)
-    spread = torch.where((centres[None] == 0) | (outside != 0), torch.zeros_like(outside), scale.square() / 12)
-    return ((outside.square() + spread) * counts[None]).sum(1)
+class RunningSums:
+    """A histogram as running sums, from which the error of any range is two look-ups.
+
+    Args:
+        counts: of the bins that hold values.
+        centres: of these, ascending.
+    """
+
+    def __init__(self, counts: torch.Tensor, centres: torch.Tensor) -> None:
+        self.centres = centres
+        moments = counts * torch.stack([torch.ones_like(centres), centres, centres.square()])
+        self.below = nn.functional.pad(moments.cumsum(1), (1, 0))  # of all bins before one
+        self.above = nn.functional.pad(moments.flip(1).cumsum(1).flip(1), (0, 1))  # of it and all behind it
+        self.rounded = float(counts[centres != 0].sum())  # zero is on every grid
+
+    def squared_error(self, low: torch.Tensor, high: torch.Tensor, kind: QuantType) -> torch.Tensor:
+        """``[candidates]`` expected squared error. Within a step values are taken as evenly spread: scale² / 12."""
+        scale, zero = (part.double() for part in parameters_of_range(low, high, kind))
+        least, most = (kind.minimum - zero) * scale, (kind.maximum - zero) * scale
+        under = self.below[:, torch.searchsorted(self.centres, least)]
+        over = self.above[:, torch.searchsorted(self.centres, most, right=True)]
+        clipped = _beyond(under, least) + _beyond(over, most)
+        return clipped + scale.square() / 12 * (self.rounded - under[0] - over[0])
+
+
+def _beyond(moments: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Σ (x − end)² from the count, the sum and the sum of squares of the x."""
+    count, total, squares = moments
+    return squares - 2 * end * total + end.square() * count
 
 
 def _divergence(

@@ -5,7 +5,14 @@ import torch
 
 from fxcompress.analysis.statistics import Histogram
 from fxcompress.errors import OptionError
-from fxcompress.quantization.observers import check_observer, merged, observed_range, statistic_of, weight_range
+from fxcompress.quantization.observers import (
+    RunningSums,
+    check_observer,
+    merged,
+    observed_range,
+    statistic_of,
+    weight_range,
+)
 from fxcompress.quantization.types import QuantType, parameters_of_range
 
 UINT8, INT4 = QuantType(8, signed=False, symmetric=False), QuantType(4)
@@ -79,3 +86,18 @@ def test_ranges_of_weights(axis):
 def test_unknown_observers_are_refused():
     with pytest.raises(OptionError, match="no observer 'msee'"):
         check_observer("msee")
+
+
+@pytest.mark.parametrize("kind", [UINT8, INT4, QuantType(8)])
+@pytest.mark.parametrize("make", [torch.Tensor.clone, torch.relu, torch.exp, lambda x: -x.exp()])
+def test_error_of_a_range_from_running_sums(values, make, kind):
+    """The same as bin by bin: what is clipped, and a twelfth of the squared step for the rest but zero."""
+    seen = histogram(make(values.clamp(-4, 4)))
+    used = seen.counts > 0
+    counts, centres = seen.counts[used], ((seen.edges[1:] + seen.edges[:-1]) / 2)[used].clamp(seen.low, seen.high)
+    low, high = (end * torch.linspace(0.1, 1, 9).double() for end in (min(seen.low, 0.0), max(seen.high, 0.0)))
+    scale, zero = (part.double()[:, None] for part in parameters_of_range(low, high, kind))
+    outside = centres - centres.clamp((kind.minimum - zero) * scale, (kind.maximum - zero) * scale)
+    inside = (outside == 0) & (centres != 0)
+    expected = ((outside.square() + inside * scale.square() / 12) * counts).sum(1)
+    torch.testing.assert_close(RunningSums(counts, centres).squared_error(low, high, kind), expected, rtol=1e-9, atol=0)
