@@ -4,9 +4,10 @@
     python -m benchmarks.quantize_calibration --memory        # adds memory to the rows that are there
 
 Time is that of the processor, so that a busy machine does not change it. The captured graph, called as the user calls
-it, and `Calibrate` pass over the same batches in turns; what `Calibrate` does once (grids from what was seen, weights)
-is told apart by two numbers of batches. The observer `damage` collects what `mse` does, and once runs 32 samples more
-there and back. Memory: the peak of a process that calibrates on few batches and of one that calibrates on many.
+it, and `Calibrate` pass over the same batches in turns; what `Calibrate` does once (grids from what was seen, weights,
+and with `damage` the first samples once more, there and back) is told apart by two numbers of batches. The whole of a
+calibration with default options on 128 samples stands beside a forward pass over the same samples. Memory: the peak of
+a process that calibrates on few batches and of one that calibrates on many.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from benchmarks import _results, zoo
 from fxcompress.capture import capture
 from fxcompress.graph.copying import copy_graph
 from fxcompress.passes import Calibrate, FuseModules, InsertQuantStubs, PassContext
+from fxcompress.quantization.damage import GRID_SAMPLES
 
 RESULTS = _results.RESULTS / "quantize_calibration.json"
 MODELS = ("resnet18", "mobilenet_v2", "vit_b_16")
 OBSERVERS = ("damage", "mse", "minmax")
 FEW, MANY = 2, 16
-COLUMNS = ("model", "observer", "batch", "forward_ms", "calibrate_ms", "ratio", "once_ms", "peak_mib_2", "peak_mib_16")
+WHOLE = 128  # samples of a whole calibration
+DEFAULT = Calibrate([]).observer
+COLUMNS = ("model", "observer", "batch", "forward_ms", "calibrate_ms", "ratio", "once_ms")
+COLUMNS += ("forward_128_s", "calibrate_128_s", "ratio_128", "peak_mib_2", "peak_mib_16")
 
 Row = dict[str, Any]
 
@@ -57,19 +62,19 @@ def with_stubs(name: str) -> fx.GraphModule:
 def measure(name: str, size: int, count: int, rounds: int) -> list[Row]:
     """A row for each observer, without memory."""
     graph = with_stubs(name)
-    data = list(batches(name, size, count))
+    first = -(-GRID_SAMPLES // size)  # batches of which ranges are refined: what comes later is only collected
+    data = list(batches(name, size, first + count))
     found: dict[str, list[tuple[float, float, float]]] = {observer: [] for observer in OBSERVERS}
     for number in range(rounds + 1):
         for observer in OBSERVERS:
-            started = time.process_time()
-            with torch.no_grad():
-                for batch in data:
-                    graph(*batch)
-            forward = (time.process_time() - started) / count
-            whole, one = (_calibrate(graph, observer, part) for part in (data, data[:1]))
-            each = (whole - one) / (count - 1)
+            forward = _forward(graph, data) / len(data)
+            whole, start = (_calibrate(graph, observer, part) for part in (data, data[:first]))
+            each = (whole - start) / count
             if number:  # the first warms up
-                found[observer].append((forward, each, one - each))
+                found[observer].append((forward, each, start - first * each))
+    many = list(batches(name, size, WHOLE // size))
+    plain, calibrated = _forward(graph, many), _calibrate(graph, DEFAULT, many)
+    whole_row = {"forward_128_s": plain, "calibrate_128_s": calibrated, "ratio_128": calibrated / plain}
     rows = []
     for observer, seen in found.items():
         forward, each, once = (1000 * statistics.median(values) for values in zip(*seen, strict=True))
@@ -85,9 +90,18 @@ def measure(name: str, size: int, count: int, rounds: int) -> list[Row]:
                 "once_ms": once,
                 "batches": count,
                 "ratios": [round(calibrate / plain, 3) for plain, calibrate, _ in seen],
+                **(whole_row if observer == DEFAULT else {}),
             }
         )
     return rows
+
+
+def _forward(graph: fx.GraphModule, data: list[Any]) -> float:
+    started = time.process_time()
+    with torch.no_grad():
+        for batch in data:
+            graph(*batch)
+    return time.process_time() - started
 
 
 def _calibrate(graph: fx.GraphModule, observer: str, data: list[Any]) -> float:
@@ -111,13 +125,18 @@ def save(rows: list[Row], threads: int) -> None:
         title="Cost of calibration",
         rows=rows,
         columns=COLUMNS,
-        summary={"largest ratio": max(row["ratio"] for row in rows if row["observer"] != "damage")},
+        summary={
+            "largest ratio": max(row["ratio"] for row in rows),
+            "largest ratio of a whole calibration": max(row.get("ratio_128", 0) for row in rows),
+        },
         notes=[
             "Milliseconds of processor time for each batch of a plain forward pass of the graph and of `Calibrate`, "
             f"and what `Calibrate` does once; medians over rounds, the ratio is the median of those of a round. "
             f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights.",
-            "`damage`, the default, collects what `mse` does and besides reads the first 32 samples there and back: "
-            "its rows are of batches among these, later ones cost what they do with `mse`.",
+            f"`damage`, the default, collects what `mse` does, and once reads {GRID_SAMPLES} samples there and "
+            "back, which `once_ms` holds.",
+            f"Seconds of processor time for {WHOLE} samples: a plain forward pass, and all of `Calibrate` with its "
+            "default options, what is done once included; measured once.",
         ],
         facts=_results.machine_facts(threads),
     )

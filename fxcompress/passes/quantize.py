@@ -45,7 +45,7 @@ class Quantize(Pass):
         data: batches for calibration: what the model takes, or that and labels.
         scheme: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram``, ``entropy``;
-            ``damage`` takes for each the one that moves the outputs least, through gradients on a few samples.
+            ``damage`` takes for each the one that moves the outputs least, told once by gradients on 8 samples.
         weights: observer of weights: ``minmax`` or ``mse``.
         percentile: share of values that ``percentile`` covers.
         batches: how many to read at most; None reads all.
