@@ -61,6 +61,11 @@ class BuildContext:
     reference: Callable[[], Reference] | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    def note(self, sentence: str) -> None:
+        """What the report shall say of the engine; nothing where it is empty."""
+        if sentence:
+            self.measurements.setdefault("notes", []).append(sentence)
+
 
 class Backend(Options, ABC):
     """Base of all backends; a subclass is a frozen dataclass whose fields are options of JSON's types.

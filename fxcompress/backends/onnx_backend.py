@@ -55,6 +55,8 @@ class OnnxBackend(Backend):
             progress=context.progress,
         )
         context.sources = written.sources
+        for note in written.notes:
+            context.note(note)
 
     def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:
         """Whether the file may hold operators that only ONNX Runtime has."""

@@ -14,11 +14,12 @@ from torch import fx
 
 from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.byte_products import in_onnxruntime, widest_weight
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, whole
 from fxcompress.backends.onnx_weights import weights_file
 from fxcompress.backends.onnxruntime_engine import OnnxRuntimeEngine, Session, first_line
-from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized, widest_weight
+from fxcompress.backends.onnxruntime_kernels import integer_share, is_quantized
 from fxcompress.errors import BackendError, nearest
 
 __all__ = ["MODEL_FILE", "OnnxRuntime", "OnnxRuntimeEngine"]
@@ -76,7 +77,9 @@ class OnnxRuntime(OnnxBackend):
         super().write(graph_module, directory, signature, context)
         if any(tensor.dtype in _HALF for tensor in graph_module.state_dict().values()):
             context.measurements[_IN_HALF] = True
-        if widest_weight(graph_module) == 8:
+        bits = widest_weight(graph_module)
+        context.note(in_onnxruntime(bits))
+        if bits == 8:
             context.measurements[_IN_BYTES] = True
 
     def onnxruntime_only(self, graph_module: fx.GraphModule) -> bool:

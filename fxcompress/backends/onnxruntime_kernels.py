@@ -20,9 +20,8 @@ from fxcompress.graph.queries import module_of
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.integer_layers import BlockLinear, DynamicLinear
 from fxcompress.quantization.layers import QUANTIZED
-from fxcompress.quantization.recurrent_layers import QuantizedLSTM
 
-__all__ = ["integer_share", "is_quantized", "widest_weight"]
+__all__ = ["integer_share", "is_quantized"]
 
 aten = torch.ops.aten
 
@@ -65,18 +64,6 @@ def is_quantized(graph_module: fx.GraphModule) -> bool:
     """Whether the graph has stubs, or layers that hold integers."""
     kinds = (Quantizer, DynamicLinear, BlockLinear)
     return any(isinstance(module, kinds) for module in graph_module.modules())
-
-
-def widest_weight(graph_module: fx.GraphModule) -> int:
-    """Bits of the widest weight that integer kernels multiply; 0 if there is none."""
-    widest = 0
-    for module in graph_module.modules():
-        if isinstance(module, (DynamicLinear, QuantizedLSTM)):
-            widest = max(widest, 8)
-        elif isinstance(module, tuple(QUANTIZED.values())):
-            quantizer: Any = module.weight_quantizer
-            widest = max(widest, quantizer.kind.bits)
-    return widest
 
 
 def integer_share(

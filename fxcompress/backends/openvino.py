@@ -19,6 +19,7 @@ from torch import fx
 
 from fxcompress.backends.base import BuildContext, Signature
 from fxcompress.backends.bundle import Manifest
+from fxcompress.backends.byte_products import in_openvino, widest_weight
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.onnx_backend import MODEL_FILE, OnnxBackend, shapes_agree, whole
 from fxcompress.backends.openvino_lowering import lower_operators
@@ -84,6 +85,7 @@ class OpenVINO(OnnxBackend):
         _library()  # before the work, not after it
         _refuse_doubles(graph_module, signature)
         super().write(graph_module, directory, signature, context)
+        context.note(in_openvino(widest_weight(graph_module)))
         lower_operators(directory / MODEL_FILE)
 
     @classmethod

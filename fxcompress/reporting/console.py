@@ -203,6 +203,8 @@ def _engine(engine: EngineReport) -> Text:
     elif engine.unverified:
         text.append(f", not verified: {engine.unverified}", style="yellow")
     text.append(f"\n  {engine.path}", style="dim")
+    for note in engine.notes:
+        text.append(f"\n  {note}")
     return text
 
 

@@ -167,6 +167,7 @@ class EngineReport:
         unverified: why they were not, or nothing.
         latency: what was measured, the engine first; empty if nothing was.
         integers: what of a quantized model runs in integers; None where nothing was quantized, or no engine tells.
+        notes: what else to know of it, a sentence each.
     """
 
     backend: str
@@ -179,6 +180,7 @@ class EngineReport:
     unverified: str = ""
     latency: list[Latency] = field(default_factory=list)
     integers: IntegerShare | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_engine(cls, engine: Any, passes: Iterable[PassReport] = ()) -> EngineReport:
@@ -199,6 +201,7 @@ class EngineReport:
             verified=[", ".join(f"{n}{list(s)}" for n, s in zip(names, shapes, strict=False)) for shapes in sets],
             unverified=unverified,
             integers=IntegerShare.of(integers, (s for item in passes for s in item.skipped)) if integers else None,
+            notes=[str(note) for note in manifest.measurements.get("notes", [])],
         )
 
     def add_timings(self, result: Any, *, batch: int | None = None) -> None:
