@@ -34,6 +34,8 @@ from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
 
 __all__ = ["FactorizeLinear"]
 
+_SLACK = 1 << 20  # bytes beyond the peak that are not worth a slower way
+
 Group = tuple[Site, ...]
 """A layer, or several whose weights are one tied matrix."""
 
@@ -173,23 +175,30 @@ class FactorizeLinear(Pass):
                 metrics = list(metrics)
             shared = self._shared_out(metrics)
             metrics = metrics if isinstance(metrics, list) else read()
-        done = 0
+        done, room = 0, PEAK * largest_layer(original) + _SLACK
         for site, metric, moments in metrics:
             rank: Any = goal.of_spectrum
             if not goal.needs_spectrum:
                 rank = goal.fixed(price_of(site.layer)) if shared is None else shared[site.path]
-            yield site, metric, moments, self._factored(site, metric, rank, context)
+            yield site, metric, moments, self._factored(site, metric, rank, context, room)
             del metric, moments
             done += 1  # noqa: SIM113 - enumerate would hold the last metric while the next is made
             if context.progress is not None:
                 context.progress(done, len(groups), site.path)
 
-    def _factored(self, site: Site, metric: Metric, rank: Any, context: PassContext) -> Factors | Skip:
+    def _factored(self, site: Site, metric: Metric, rank: Any, context: PassContext, room: int) -> Factors | Skip:
         if rank is None:
             return Skip(site.path, "kept_whole", "Within the budget for all layers this one is worth its whole size.")
         if isinstance(rank, int) and (reason := self._refused(site, rank)) is not None:
             return reason
-        made = truncate(matrix_of(site.layer), self._root(metric), rank, randomized=self.randomized, seed=context.seed)
+        made = truncate(
+            matrix_of(site.layer),
+            self._root(metric),
+            rank,
+            randomized=self.randomized,
+            seed=context.seed,
+            room=room,
+        )
         reason = self._refused(site, made if isinstance(made, int) else made.rank)
         assert reason is not None or isinstance(made, Factors)
         return reason or made  # type: ignore[return-value]

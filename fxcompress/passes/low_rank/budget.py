@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LEAST", "PEAK", "largest_layer", "working"]
+__all__ = ["LEAST", "PEAK", "eigenvectors", "largest_layer", "working"]
 
 PEAK = 3  # times the largest layer: what may live beside the model, and beside the factors of other layers
 LEAST = 1 << 20  # bytes of moments that may always be held: in tiny models a reading costs more than they do
@@ -19,6 +19,16 @@ def largest_layer(model: nn.Module) -> int:
         (sum(p.numel() * p.element_size() for p in module.parameters(recurse=False)) for module in model.modules()),
         default=0,
     )
+
+
+def eigenvectors(size: int, item: int) -> int:
+    """Bytes of all eigenvectors of a matrix with the work space of LAPACK; the matrix itself is overwritten.
+
+    Args:
+        size: rows of the matrix.
+        item: bytes of an element.
+    """
+    return item * size * (3 * size + 9)
 
 
 def working(layer: Any, rank: int | None) -> int:
@@ -36,4 +46,4 @@ def working(layer: Any, rank: int | None) -> int:
     if rank is None:
         rank = small * max(rows, width) // (rows + width)
     factors = (8 + layer.weight.element_size()) * (rows + width) + 8 * small
-    return max(8 * small * (3 * small + 9), factors * min(rank, small)) + _PIECES
+    return max(eigenvectors(small, 8), factors * min(rank, small)) + _PIECES

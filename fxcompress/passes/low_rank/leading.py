@@ -25,6 +25,7 @@ _CARRIED = 1e5  # growth of the largest component over the last wanted that floa
 _PANELS = 6  # in which a block is multiplied, so that what is made on the way is small
 _WIDE = 64  # columns of a panel at least: fewer are slower
 _STEPS = 32  # of the Lanczos run
+_BEYOND = 16  # share of the full rank, at most, that a block has beyond the columns wanted
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
 _ROUNDING = 1e-5  # of the loss: what rounding may take
@@ -32,7 +33,7 @@ _ROUNDING = 1e-5  # of the loss: what rounding may take
 
 def block_width(rank: int, full: int) -> int:
     """Columns that a rank takes, with those beyond it that make it converge."""
-    return min(rank + max(16, rank // 3), full)
+    return min(rank + max(16, min(rank // 3, full // _BEYOND)), full)
 
 
 def leading(
@@ -110,9 +111,17 @@ def _quantiles(
     nodes, vectors = torch.linalg.eigh(tri)
     order = nodes.argsort(descending=True)
     nodes, weights = nodes[order], vectors[0].square()[order] * size
-    above = weights.cumsum(0) - weights / 2
-    first, second = (float(nodes[min(int((above < count).sum()), len(nodes) - 1)]) for count in counts)
-    return first, second, float(nodes[0])
+    # Between two nodes along a straight line of logarithms; below the last as if one more lay a decade under it.
+    above = torch.cat([weights.cumsum(0) - weights / 2, weights.new_tensor([size])])
+    levels = nodes.clamp_min(1e-300).log()
+    levels = torch.cat([levels, levels[-1:] - math.log(10)])
+
+    def at(count: int) -> float:
+        after = min(max(int((above < count).sum()), 1), len(levels) - 1)
+        part = (count - above[after - 1]) / (above[after] - above[after - 1]).clamp_min(1e-12)
+        return float(torch.lerp(levels[after - 1], levels[after], part.clamp(0, 1)).exp())
+
+    return at(counts[0]), at(counts[1]), float(nodes[0])
 
 
 def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxcompress.passes.low_rank.budget import eigenvectors
 from fxcompress.passes.low_rank.in_place import eigh, orthonormal
 from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
@@ -28,7 +29,8 @@ __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 _CHUNK = 1 << 16  # elements of a weight that are taken into float64 at once: little beside a layer,
 _ROWS = 64  # and rows at least: enough for a product
 _LARGE = 512  # from this size on rounding and time are worth a thought
-_FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors
+_FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
+_HALF = 2  # times the rank: few enough for a block to be smaller than all
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def truncate(
     *,
     randomized: bool = True,
     seed: int = 0,
+    room: int | None = None,
 ) -> Factors | int:
     """The best weight of a rank in the metric, as two factors of equal norms.
 
@@ -108,6 +111,8 @@ def truncate(
         choose: the rank, or what tells it from the energies ``[groups, n]``; all groups have the same.
         randomized: whether a random block may be tried where it costs less.
         seed: of that block.
+        room: bytes of eigenvectors, with the work space of LAPACK; where all of them take more a block is also tried
+            where it is slower.
 
     Returns:
         the factors; or the rank, where ``choose`` gives one that is not below the full rank.
@@ -117,7 +122,7 @@ def truncate(
         if choose >= full:
             return choose
         if full >= _LARGE and len(weight) == 1:
-            found = _large(weight, metric, choose, seed if randomized else None)
+            found = _large(weight, metric, choose, seed if randomized else None, room)
             if found is not None:
                 return found
     matrix, by_rows = gram(weight, metric)
@@ -131,13 +136,14 @@ def truncate(
     return _factors(weight, metric, vectors, by_rows, energy, energy.sum(-1))
 
 
-def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None) -> Factors | None:
+def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None, room: int | None) -> Factors | None:
     """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
     narrow = metric.plain and weight.dtype != torch.float64
     dtype = torch.float32 if narrow else torch.float64
     by_rows = weight.shape[-2] <= weight.shape[-1]
     full = min(weight.shape[-2:])
-    if seed is not None and rank * _FEW <= full:
+    tight = room is not None and eigenvectors(full, dtype.itemsize) > room
+    if seed is not None and rank * (_HALF if tight else _FEW) <= full:
         held = _Gram(weight, metric, dtype, rank)
         like = weight.new_empty(0, dtype=dtype)
         found = leading(held.times, full, rank, held.trace, like=like, seed=seed)

@@ -20,6 +20,10 @@ def test_the_peak_with_default_options(model, largest, rows):
     assert work_bytes(model, 0.5, rows=rows) <= 3 * 4 * largest
 
 
+def test_the_peak_of_square_layers_at_a_rank_beyond_a_quarter():
+    assert work_bytes(square(768), 0.7, rows=1536) <= 3.3 * 4 * 768**2  # all eigenvectors would take it to 7
+
+
 class Counted(list):
     reads = 0
 
