@@ -31,7 +31,7 @@ from benchmarks import _results, zoo
 from fxcompress.capture import capture
 from fxcompress.graph.copying import copy_graph
 from fxcompress.passes import Calibrate, FuseModules, InsertQuantStubs, PassContext
-from fxcompress.quantization.damage import GRID_SAMPLES
+from fxcompress.quantization.damage import SAMPLES
 
 RESULTS = _results.RESULTS / "quantize_calibration.json"
 MODELS = ("resnet18", "mobilenet_v2", "vit_b_16")
@@ -62,7 +62,7 @@ def with_stubs(name: str) -> fx.GraphModule:
 def measure(name: str, size: int, count: int, rounds: int) -> list[Row]:
     """A row for each observer, without memory."""
     graph = with_stubs(name)
-    first = -(-GRID_SAMPLES // size)  # batches of which ranges are refined: what comes later is only collected
+    first = -(-SAMPLES // size)  # batches of which ranges are refined: what comes later is only collected
     data = list(batches(name, size, first + count))
     found: dict[str, list[tuple[float, float, float]]] = {observer: [] for observer in OBSERVERS}
     for number in range(rounds + 1):
@@ -133,7 +133,7 @@ def save(rows: list[Row], threads: int) -> None:
             "Milliseconds of processor time for each batch of a plain forward pass of the graph and of `Calibrate`, "
             f"and what `Calibrate` does once; medians over rounds, the ratio is the median of those of a round. "
             f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights.",
-            f"`damage`, the default, collects what `mse` does, and once reads {GRID_SAMPLES} samples there and "
+            f"`damage`, the default, collects what `mse` does, and once reads {SAMPLES} samples there and "
             "back, which `once_ms` holds.",
             f"Seconds of processor time for {WHOLE} samples: a plain forward pass, and all of `Calibrate` with its "
             "default options, what is done once included; measured once.",

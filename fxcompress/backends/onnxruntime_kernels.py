@@ -46,6 +46,18 @@ _OPERATORS = {  # what computes an operation of each kind in an ONNX file
     "recurrent": ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"),
     "residual addition": ("Add",),
 }
+_PASSED_ON = {
+    aten.add.Tensor,
+    aten.cat.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.roll.default,
+    aten.transpose.int,
+    aten.view.default,
+}
 _CONVOLUTIONS = re.compile(r"aten\.(conv\d?d?|conv_transpose\dd|convolution)\b")
 _COPY = re.compile(
     r"_token_\d+$"
@@ -159,10 +171,44 @@ def _reason(graph_module: fx.GraphModule, operation: _Operation) -> str:
         return "a product of two activations, which was not quantized"
     stubs = [isinstance(module_of(graph_module, source), Quantizer) for source in node.all_input_nodes]
     if not all(stubs):
-        return "what it reads is not quantized" if not any(stubs) else "only one of its inputs is quantized"
+        told = "what it adds is not quantized" if not any(stubs) else "only one of its inputs is quantized"
+        makers = _makers(graph_module, node)
+        if makers:
+            told += f": it comes from what computes in floating point ({', '.join(makers)})"
+        readers = sorted({_named(graph_module, user) for user in node.users} - {"add"})
+        return f"{told}; {', '.join(readers)} reads it" if readers else told
     if not _is_rounded(graph_module, node):
         return "what it gives is not quantized"
     return "ONNX Runtime has no integer kernel for it there"
+
+
+def _makers(graph_module: fx.GraphModule, addition: fx.Node) -> list[str]:
+    """What in floating point the values of an addition come from, through other additions and what only moves them."""
+    found: set[str] = set()
+    seen: set[fx.Node] = set()
+    waiting = list(addition.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if node in seen or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if isinstance(module_of(graph_module, node), (Quantizer, *QUANTIZED.values())):
+            continue
+        seen.add(node)
+        if node.target in _PASSED_ON:
+            waiting += node.all_input_nodes
+        else:
+            found.add(_named(graph_module, node))
+    return sorted(found)
+
+
+def _named(graph_module: fx.GraphModule, node: fx.Node) -> str:
+    """What kind of operation a node is."""
+    layer = module_of(graph_module, node)
+    if layer is not None:
+        return "rounding" if isinstance(layer, Quantizer) else type(layer).__name__
+    if node.op == "call_function":
+        return str(node.target).removeprefix("aten.").partition(".")[0]
+    return {"placeholder": "an input", "get_attr": "a parameter", "output": "the output"}[node.op]
 
 
 def _is_rounded(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -22,13 +22,13 @@ __all__ = ["Calibrate"]
 class Calibrate(Pass):
     """Run the model on data and give every stub its scale and zero point. Running it again starts anew.
 
-    Each batch costs little more than running the model on it. The observer ``damage`` besides runs the first 8 samples
+    Each batch costs little more than running the model on it. The observer ``damage`` besides runs the first 32 samples
     there and back, once; the report says how long both took.
 
     Attributes:
         data: batches: what the model takes, or that and labels.
         observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram``, ``entropy``;
-            ``damage`` takes for each the one that moves the outputs least, told once by gradients on 8 samples.
+            ``damage`` takes for each the one that moves the outputs least, told once by gradients on 32 samples.
         weights: observer of weights: ``minmax`` or ``mse``.
         percentile: share of values that ``percentile`` covers.
         batches: how many to read at most; None reads all.

@@ -45,7 +45,7 @@ class Quantize(Pass):
         data: batches for calibration: what the model takes, or that and labels.
         scheme: ``onnxruntime``, ``openvino`` or ``tensorrt``.
         observer: of activations: ``minmax``, ``moving_average``, ``percentile``, ``mse``, ``histogram``, ``entropy``;
-            ``damage`` takes for each the one that moves the outputs least, told once by gradients on 8 samples.
+            ``damage`` takes for each the one that moves the outputs least, told once by gradients on 32 samples.
         weights: observer of weights: ``minmax`` or ``mse``.
         percentile: share of values that ``percentile`` covers.
         batches: how many to read at most; None reads all.
@@ -141,8 +141,9 @@ class Quantize(Pass):
         details = layer_details(made.placement, made.scheme, made.calibration.grids, noise, made.repaired)
         order = sorted(details, key=lambda path: noise[path].decibels)
         rewrites = [Rewrite(path, f"{noise[path].decibels:.1f} dB", details[path]) for path in order]
+        others = len(made.placement.operations) - len(order)
         told = (
-            f"{len(order)} layers and {len(made.placement.operations) - len(order)} other operations "
+            f"{_counted(len(order), 'layer')} and {_counted(others, 'other operation')} "
             f"for {made.scheme.name}; the noisiest is {order[0]!r} with {noise[order[0]].decibels:.1f} dB"
         )
         if equalized:
@@ -273,6 +274,10 @@ class _Made:
     scheme: Scheme
     calibration: Calibration
     repaired: Mapping[str, Repaired]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def _left(placement: Placement, kept: Mapping[str, tuple[str, str]]) -> Iterator[Skip]:

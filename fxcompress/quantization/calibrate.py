@@ -15,7 +15,7 @@ from fxcompress.errors import PreconditionError
 from fxcompress.graph.batches import as_batch
 from fxcompress.graph.copying import copy_graph
 from fxcompress.graph.edit import GraphEditor
-from fxcompress.quantization.damage import GRID_SAMPLES, NotDifferentiableError, damage_of_grids
+from fxcompress.quantization.damage import SAMPLES, NotDifferentiableError, damage_of_grids
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.layers import QUANTIZED
 from fxcompress.quantization.observers import CANDIDATES, extremes, observed_range, statistic_of, weight_range
@@ -161,7 +161,7 @@ class _Remembered:
         samples = 0
         for batch in self.data:
             yield batch
-            if samples < GRID_SAMPLES:
+            if samples < SAMPLES:
                 self.first.append(batch)
                 samples += as_batch(self.graph_module, batch).size
 

@@ -22,13 +22,11 @@ from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.grid_choice import GridChoice
 from fxcompress.quantization.layers import QUANTIZED
 
-__all__ = ["GRID_SAMPLES", "SAMPLES", "Damage", "NotDifferentiableError", "damage_of_grids", "measure_damage"]
+__all__ = ["SAMPLES", "Damage", "NotDifferentiableError", "damage_of_grids", "measure_damage"]
 
 _LAYERS = tuple(QUANTIZED.values())
 SAMPLES = 32
-"""That the damage of a quantized graph is measured on."""
-GRID_SAMPLES = 8
-"""That grids are chosen on. Four choose hardly worse: all grids of a place see the same gradients."""
+"""That damage is measured on."""
 
 _Damage = Callable[[torch.Tensor, torch.Tensor], Sequence[float]]
 """Of a value and the gradient there: what each of its roundings does, summed over samples."""
@@ -77,7 +75,7 @@ def damage_of_grids(
     data: Iterable[Any],
     grids: Mapping[str, Sequence[Quantizer]],
     *,
-    samples: int = GRID_SAMPLES,
+    samples: int = SAMPLES,
     limit: int | None = None,
 ) -> tuple[dict[str, list[float]], int]:
     """What each of several grids for each stub would do to the outputs, all from the same walk.

@@ -194,7 +194,7 @@ def _values(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
 
 def _gives_floats(graph_module: fx.GraphModule, node: fx.Node, active: set[fx.Node]) -> bool:
     """Whether a linear layer's result is only read in floating point; the integer kernel gives that as it is."""
-    is_linear = node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.Linear)
+    is_linear = node.op == "call_module" and isinstance(_layer(graph_module, node), nn.Linear)
     return is_linear and not any(user in active for user in node.users)
 
 
@@ -259,12 +259,13 @@ class _Scales:
 
 def _inputs(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Placement) -> None:
     placement.operations = set(layers)
+    convolutions = {node for node in layers if isinstance(_layer(graph_module, node), nn.modules.conv._ConvNd)}
     readers: dict[fx.Node, set[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node in layers:
             readers.setdefault(_tensors(node)[0], set()).add(node)
         elif node.op == "call_function" and node.target is aten.add.Tensor and _is_float32(node):
-            skip = _skip_branch(node, layers)
+            skip = _skip_branch(node, convolutions)
             if skip is not None:
                 readers.setdefault(skip, set()).add(node)
     for number, (value, own) in enumerate(readers.items()):
@@ -272,12 +273,15 @@ def _inputs(graph_module: fx.GraphModule, layers: set[fx.Node], placement: Place
         placement.readers[value] = own
 
 
-def _skip_branch(node: fx.Node, layers: set[fx.Node]) -> fx.Node | None:
-    """Of a residual addition the side that is not a layer's own output: the layer takes the addition up."""
+def _skip_branch(node: fx.Node, convolutions: set[fx.Node]) -> fx.Node | None:
+    """Of a residual addition the side that is not a convolution's own output: the convolution takes the addition up.
+
+    Linear layers do not: what a transformer adds up keeps its range, which outliers make wide.
+    """
     sides = _tensors(node)
     if len(sides) != 2 or sides[0] is sides[1]:
         return None
-    own = [side for side in sides if side in layers and len(side.users) == 1]
+    own = [side for side in sides if side in convolutions and len(side.users) == 1]
     if not own:
         return None
     (skip,) = (side for side in sides if side is not own[-1])
@@ -291,6 +295,10 @@ def _tensors(node: fx.Node) -> Sequence[fx.Node]:
     if node.target is _LIMITS and all(item.op == "get_attr" for item in node.all_input_nodes[1:]):
         return node.all_input_nodes[:1]
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+
+
+def _layer(graph_module: fx.GraphModule, node: fx.Node) -> nn.Module:
+    return graph_module.get_submodule(str(node.target))
 
 
 def _is_float32(node: fx.Node) -> bool:

@@ -158,3 +158,26 @@ def test_large_products_of_bytes_do_not_overflow():
         compiled = built(Net(), [Quantize([x], weight_bits=bits)], x)
         torch.testing.assert_close(torch.as_tensor(compiled.engine(x)), compiled(x), rtol=1e-2, atol=0)
         assert compiled.engine.manifest.measurements.get("weights_in_8_bits", False) == (bits == 8)
+
+
+class Transformer(nn.Module):
+    """A residual stream that a layer norm reads, and starts with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.norm = nn.Parameter(torch.randn(8)), nn.LayerNorm(8)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.start + x
+        x = x + self.first(self.norm(x))
+        return x + self.second(self.norm(x))
+
+
+def test_a_residual_stream_in_floating_point_has_a_reason():
+    x = torch.randn(4, 6, 8)
+    share = built(Transformer(), [Quantize([x])], x).report.engine.integers
+    told = "it comes from what computes in floating point (a parameter, an input); "
+    reasons = [site.reason for site in share.left if site.kind == "residual addition"]
+    assert len(reasons) == 2 and all(told in reason for reason in reasons)
+    assert reasons[0].endswith("LayerNorm reads it") and reasons[1].endswith("the output reads it")

@@ -152,6 +152,23 @@ def test_the_tensorrt_scheme(fused, tmp_path):
             assert kinds[node.input[2]] == onnx.TensorProto.FLOAT
 
 
+def test_for_tensorrt_linear_layers_take_no_addition_up():
+    """The residual stream of a transformer stays in floating point: its outliers would make the steps wide."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(self.norm(x))
+
+    x = torch.randn(2, 5, 8)
+    graph = run_on(Quantize([x], scheme="tensorrt"), Residual().eval(), x).graph_module
+    readers = [user for nodes in stubs_of(graph).values() for node in nodes for user in node.users]
+    assert [str(user.target) for user in readers] == ["linear"]
+
+
 def test_stubs_do_nothing_before_calibration(fused, tmp_path):
     stubbed = run(InsertQuantStubs(), fused)
     assert {item.site for item in stubbed.rewrites} == LAYERS

@@ -9,7 +9,7 @@ from fxcompress.graph.batches import as_batch, first_samples
 from fxcompress.passes import Calibrate, InsertQuantStubs
 from fxcompress.passes.base import PassContext
 from fxcompress.quantization.calibrate import stubs_of
-from fxcompress.quantization.damage import GRID_SAMPLES, damage_of_grids
+from fxcompress.quantization.damage import SAMPLES, damage_of_grids
 from fxcompress.quantization.fake_quant import Quantizer
 from fxcompress.quantization.grid_choice import GridChoice
 from fxcompress.quantization.types import QuantType, parameters_of_range
@@ -69,12 +69,12 @@ def test_rare_values_count_by_what_the_outputs_make_of_them():
         stub = next(iter(stubs_of(graph)))
         grids = {stub: [grid(-4.0, 4.0, INT8), grid(-30.0, 30.0, INT8)]}
         damage, samples = damage_of_grids(graph, [x], grids)
-        assert samples == GRID_SAMPLES
+        assert samples == SAMPLES
         found.append(damage[stub][0] < damage[stub][1])
     assert found == [False, True]
 
 
-@pytest.mark.parametrize(("shapes", "refined"), [("batch", GRID_SAMPLES), (None, 50)])
+@pytest.mark.parametrize(("shapes", "refined"), [("batch", SAMPLES), (None, 50)])
 def test_only_so_many_samples_are_run_there_and_back(shapes, refined):
     """Of a large batch the first, but where the graph takes no other size."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
