@@ -216,8 +216,8 @@ def save(path: Path, rows: Sequence[Row], settings: Settings) -> None:
             elif found:
                 agree = sum(row.get(f"{name}_error", float("inf")) <= TOLERANCE for row in found)
                 rounded = sum(_rounds(row, name) for row in found)
-                besides = f"; {rounded} more are as near to float64 as eager is" if rounded else ""
-                summary[f"{name}, {suite}"] = f"{agree} of {len(found)} agree{besides}"
+                besides = f"; {rounded} more at most {AS_NEAR} times as far from float64 as eager is" if rounded else ""
+                summary[f"{name}, {suite}"] = f"{agree} of {len(found)} within {TOLERANCE:.0e} of eager{besides}"
         errors = [row[f"{name}_error"] for row in rows if f"{name}_error" in row]
         seconds = sorted(row[f"{name}_s"] for row in rows if f"{name}_s" in row)
         if errors:

@@ -26,9 +26,9 @@ def latency_screen(race: Race, memory: Mapping[str, Footprint], console: Console
         shown.add_row(item.name, item.kind, f"{t.median_ms:.3f}", f"{t.p95_ms:.3f}", ratio, interval)
     console.print(shown)
     result = race.result
-    turns = f"in {result.rounds} turns each, {result.warmup} calls before every turn"
+    turns = f" of each, in {result.rounds} turns with {result.warmup} more before each"
     console.print(
-        f"{result.repetitions} calls {turns if result.rounds > 1 else f'after {result.warmup} to warm up'}, "
+        f"{result.repetitions} calls{turns if result.rounds > 1 else f' after {result.warmup} to warm up'}, "
         f"batch {race.batch}, {result.threads} thread{'s' * (result.threads != 1)}"
         f"{'; a ratio below 1 is faster than the first' * (len(race.candidates) > 1)}"
     )

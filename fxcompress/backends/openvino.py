@@ -203,10 +203,10 @@ class OpenVINOEngine(Engine):
         taken = _precision_of(compiled)
         if taken not in (None, backend.precision):
             raise BackendError(
-                f"{backend.device} has no {backend.precision} here, OpenVINO would compute in {taken}",
+                f"this {backend.device} has no {backend.precision}: OpenVINO would compute in {taken} without a word",
                 where="precision",
-                remedy=f"use precision={taken!r} on this machine; an engine that was built so can be loaded with "
-                f"precision={backend.precision!r} where there is",
+                remedy=f"give precision={taken!r} here; where there is {backend.precision}, the same bundle can be "
+                f"loaded with precision={backend.precision!r}",
             )
         return compiled
 

@@ -106,7 +106,7 @@ def test_a_precision_that_the_processor_lacks(tmp_path: Path, monkeypatch: pytes
         lambda: fxc.load_engine(tmp_path / "b", precision=precision),
         lambda: built(nn.Linear(3, 2), (torch.randn(2, 3),), OpenVINO(precision=precision), tmp_path / "none"),
     ):
-        with pytest.raises(BackendError, match=f"CPU has no {precision} here, OpenVINO would compute in f32") as caught:
+        with pytest.raises(BackendError, match=f"this CPU has no {precision}: OpenVINO would compute in f32") as caught:
             use()
         assert caught.value.where == "precision" and "precision='f32'" in str(caught.value.remedy)
     assert not (tmp_path / "none").exists()
@@ -117,7 +117,7 @@ def test_openvino_itself_says_what_it_computes_in(tmp_path: Path, precision: Any
     if has({"f16": "FP16"}.get(precision, precision)):
         pytest.skip(f"this processor has {precision}")
     built(nn.Linear(3, 2), (torch.randn(2, 3),), OpenVINO(), tmp_path / "b").close()
-    with pytest.raises(BackendError, match=f"has no {precision} here"):
+    with pytest.raises(BackendError, match=f"this CPU has no {precision}"):
         fxc.load_engine(tmp_path / "b", precision=precision)
 
 

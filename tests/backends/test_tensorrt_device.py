@@ -320,7 +320,11 @@ def test_errors_are_measured_as_fxcompress_does(programs: tuple[Any, Any]) -> No
     inf, nan = float("inf"), float("nan")
     pairs = [(generator.normal(size=8), generator.normal(size=8)), (np.zeros(3), np.ones(3)), (np.ones(0), np.ones(0))]
     pairs += [(np.array([1, nan, inf]), np.array([2, nan, inf])), (np.array([1, nan]), np.array([nan, 1]))]
-    pairs += [(np.array([inf, 1]), np.array([-inf, 1]))]
+    pairs += [
+        (np.array([inf, 1]), np.array([-inf, 1])),
+        (np.array([-3e38, 1, 2, -3e38]), np.array([-3e38, 1, 3, -3e38])),
+    ]
+    pairs += [(np.array([-3e38, 1]), np.array([-2e38, 1])), (np.array([5e3, 0.0]), np.array([5e3, 1]))]
     for a, b in pairs:
         assert programs[1].relative_error(a, b) == relative_error(torch.from_numpy(a), torch.from_numpy(b))
     assert programs[1].relative_error(np.ones(2), np.ones(3)) == inf

@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = Path(os.environ.get("FXCOMPRESS_TENSORRT_STUBS", ROOT / ".venv" / "stubs"))
-CHECKED = ("tensorrt_build.py", "tensorrt_engine.py", "device/build_engine.py", "device/run_engine.py")
+BACKENDS = ROOT / "fxcompress" / "backends"
+CHECKED = ("tensorrt_build.py", "tensorrt_engine.py")
+PROGRAMS = ("build_engine.py", "run_engine.py")  # of a device, which import each other from their own folder
 SETTINGS = """
 [mypy]
 python_version = 3.11
@@ -57,12 +59,15 @@ def repaired(stubs: Path, folder: Path) -> Path:
 def test_calls_fit_the_stubs(tmp_path: Path) -> None:
     settings = tmp_path / "mypy.ini"
     settings.write_text(SETTINGS.format(stubs=repaired(STUBS, tmp_path / "stubs")))
-    files = [f"fxcompress/backends/{name}" for name in CHECKED]
+    device = Path(shutil.copytree(BACKENDS / "device", tmp_path / "device"))
+    command = [sys.executable, "-m", "mypy", "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")]
 
     def check() -> str:
-        command = [sys.executable, "-m", "mypy", "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")]
-        done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)
-        return "\n".join(line for line in done.stdout.splitlines() if line.startswith("fxcompress/backends/"))
+        told = ""
+        for folder, files in ((ROOT, [f"fxcompress/backends/{name}" for name in CHECKED]), (device, PROGRAMS)):
+            done = subprocess.run([*command, *files], cwd=folder, capture_output=True, text=True, check=False)
+            told += "".join(line for line in done.stdout.splitlines(keepends=True) if line.startswith(tuple(files)))
+        return told
 
     assert check() == ""
     # And that something was checked at all: a stub without a method that is called is noticed.
@@ -70,5 +75,5 @@ def test_calls_fit_the_stubs(tmp_path: Path) -> None:
     text = stub.read_text().replace("def execute_async_v3(", "def execute_async_v4(")
     stub.write_text(text.replace("def add_optimization_profile(", "def add_profile("))
     told = check().splitlines()
-    for name, call in zip(CHECKED, ("add_optimization_profile", "execute_async_v3") * 2, strict=True):
+    for name, call in zip(CHECKED + PROGRAMS, ("add_optimization_profile", "execute_async_v3") * 2, strict=True):
         assert any(name in line and call in line for line in told), told

@@ -55,6 +55,16 @@ def test_low_precision_differences_are_not_rounded_away() -> None:
     assert relative_error(reference, reference + torch.tensor([0.0, 0.5], dtype=torch.float16)) == 0.0005
 
 
+def test_what_a_mask_hides_does_not_hide_errors() -> None:
+    """Logits of which some are the lowest number there is: the others are held to their own size."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.tensor([[1.0, -2.0, lowest], [4.0, lowest, lowest]])
+    assert relative_error(logits, logits + torch.tensor([1.0, 0.0, 0.0])) == 0.25
+    assert relative_error(logits, torch.where(logits == lowest, 0.5 * lowest, logits)) == 0.5, "marks that differ"
+    assert relative_error(torch.tensor([999.0, 1.0]), torch.tensor([999.0, 1.5])) == pytest.approx(0.5 / 999)
+    assert relative_error(torch.tensor([lowest, lowest]), torch.tensor([lowest, lowest])) == 0
+
+
 @pytest.mark.parametrize("form", ["dict", "flat", "tuple"])
 def test_errors_of_every_output(engine: Engine, form: str) -> None:
     def expected(x: torch.Tensor) -> Any:

@@ -109,7 +109,7 @@ def build(trt: Any, bundle: Path, facts: dict[str, Any], options: argparse.Names
     for told in facts["profiles"]:
         profile: tensorrt.IOptimizationProfile = builder.create_optimization_profile()
         for name, shapes in told["shapes"].items():
-            profile.set_shape(name, *[tuple(shape) for shape in shapes])
+            profile.set_shape(name, *[tuple(shape) for shape in shapes])  # type: ignore[arg-type,unused-ignore]
         if config.add_optimization_profile(profile) < 0:
             raise RuntimeError(f"the profile is refused: {told['sizes']}")
     cache: tensorrt.ITimingCache | None = None
