@@ -298,8 +298,8 @@ def write(path: Path, rows: Sequence[Row], options: argparse.Namespace) -> None:
         columns=COLUMNS,
         summary=summary,
         notes=[
-            "Student: one block of two in every stage, 16 of 32 channels in the stem, inside the blocks 16 of 32, 48 of "
-            "64 and 64 of 128, 96 of 128 at the end; "
+            "Student: one block of two in every stage, 16 of 32 channels in the stem, inside the blocks 16 of 32, 48 "
+            "of 64 and 64 of 128, 96 of 128 at the end; "
             f"its stem halves the image. {options.epochs:g} epochs of distillation for ours and for the peers, by the "
             f"same pass; {options.quantized_epochs:g} epochs of training in integers for ours. "
             "Accuracy is of the engine, on all 10,000 test images; `lost` in points against the teacher.",

@@ -36,7 +36,7 @@ def speed(sizes: Sequence[tuple[int, int]], ratio: float, peer_blocks: int | Non
     path = RESULTS / "low_rank_speed.json"
     rows = {(row["width"], row["blocks"], row["ratio"]): row for row in read_rows(path)}
     for width, blocks in sizes:
-        row = measured(width, blocks, ratio, peer_blocks or blocks)
+        row = measured(width, blocks, ratio, min(peer_blocks or blocks, blocks))
         rows[width, blocks, ratio] = row
         print(row, flush=True)
     kept = [rows[key] for key in sorted(rows)]

@@ -16,6 +16,9 @@ from fxcompress.graph import shapes
 from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.running import nested_inputs, outputs_of
 from fxcompress.passes.base import Numerics, Pass, PassContext, PassResult, Rewrite, Skip
+from fxcompress.quantization.fake_quant import Quantizer
+from fxcompress.quantization.integer_layers import DynamicLinear
+from fxcompress.quantization.recurrent_layers import QuantizedLSTM
 
 __all__ = ["ConvertPrecision"]
 
@@ -32,12 +35,15 @@ _WIDE = (
 _WIDE_OPERATIONS = {
     getattr(getattr(aten, name), overload) for name in _WIDE.split() for overload in getattr(aten, name).overloads()
 }
+_INTEGERS = {torch.ops.fxcompress.dynamic_matmul.default}
 _CASTS = {aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.to.other}
 
 
 @dataclass(frozen=True)
 class ConvertPrecision(Pass):
     """Compute in ``float16`` or ``bfloat16``; norms, softmax, exponentials and sums stay in float32.
+
+    In a quantized graph so does what stubs stand around: it runs in integers, whose scales are float32.
 
     Attributes:
         dtype: ``float16`` has the precision, ``bfloat16`` the range.
@@ -100,6 +106,12 @@ class ConvertPrecision(Pass):
             layer = graph_module.get_submodule(name) if node.op == "call_module" else None
             if any(fnmatchcase(name, pattern) for pattern in self.keep):
                 found[name] = ("kept", "it matches a pattern of keep")
+            elif node.target in _INTEGERS or (layer is not None and any(map(_is_quantized, layer.modules()))):
+                found[name] = ("quantized", "it rounds to integers by a scale in float32")
+            elif any(_is_stub(graph_module, source) for source in node.all_input_nodes):
+                found[name] = ("quantized", "it reads quantized values, which integer kernels take")
+            elif node.users and all(_is_stub(graph_module, user) for user in node.users):
+                found[name] = ("quantized", "all that reads it is quantized, and is part of an integer kernel")
             elif isinstance(layer, _NORMS):
                 found[name] = ("norm", "a norm sums over many values")
             elif layer is not None and any(_exceeds(tensor, limit) for tensor in layer.parameters()):
@@ -183,6 +195,14 @@ class _Walk:
             )
 
         self.editor.set_args(output, map_arg(output.args, restore))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, (Quantizer, DynamicLinear, QuantizedLSTM))
+
+
+def _is_stub(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), Quantizer)
 
 
 def _narrowed(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

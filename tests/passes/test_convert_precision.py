@@ -9,6 +9,7 @@ from fxcompress.capture import capture
 from fxcompress.errors import OptionError, PreconditionError
 from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.verify import verify
+from fxcompress.passes import Quantize, QuantizeDynamic, QuantizeWeights
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.convert_precision import ConvertPrecision
 from tests.support import randomize
@@ -141,3 +142,46 @@ def test_nothing_to_convert():
     tokens = torch.arange(4)
     result = run(ConvertPrecision(), capture(Counts().eval(), (tokens,)), (tokens,))
     assert not result.changed and result.skipped[0].code == "nothing_to_convert"
+
+
+class Mixed(nn.Module):
+    """A convolution and its activation that run in integers, an LSTM, a product of two values, a layer in floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv1d(8, 8, 3, padding=1), nn.ReLU()
+        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.relu(self.conv(x)).transpose(1, 2)
+        x = self.lstm(x)[0]
+        return self.head(x.sin() @ x.cos().transpose(1, 2) @ x)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "stay", "narrow"),
+    [
+        (lambda batches: Quantize(batches), {"conv", "head"}, {"lstm"}),
+        (lambda batches: QuantizeDynamic(), {"lstm", "head"}, {"conv"}),
+        (lambda batches: QuantizeWeights(bits=8), set(), {"conv", "lstm"}),
+    ],
+)
+def test_what_runs_in_integers_stays_as_engines_want_it(quantization, stay, narrow):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6)
+    passes = [quantization([x, torch.randn(2, 8, 6)]), ConvertPrecision("float16")]
+    compiled = fxc.compile(Mixed().eval(), passes, (x,), progress=False)
+    told = compiled.report.passes[-1]
+    assert stay <= {skip.site for skip in told.skipped if skip.code == "quantized"}
+    assert narrow <= {rewrite.site for rewrite in told.rewrites}
+    engine = compiled.export("onnxruntime")
+    torch.testing.assert_close(torch.as_tensor(engine(x)), compiled(x), rtol=5e-2, atol=5e-2)
+
+
+def test_an_activation_between_a_layer_and_its_stub_stays_with_them():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6)
+    compiled = fxc.compile(Mixed().eval(), [Quantize([x])], (x,), progress=False)
+    result = ConvertPrecision().run(compiled.module, PassContext(example_inputs=[x]))
+    told = {skip.site: skip.reason for skip in result.skipped}
+    assert "part of an integer kernel" in told["relu"]
