@@ -36,13 +36,13 @@ class Reference:
     tolerance: float
 
 
-def write_reference(directory: Path, reference: Reference, *, limit: int | None = _LIMIT) -> str:
+def write_reference(directory: Path, reference: Reference, *, whatever_size: bool = False) -> str:
     """Write the reference beside an engine's files.
 
     Args:
         directory: of the bundle.
         reference: to write.
-        limit: most bytes; None for a bundle that is of no use without it.
+        whatever_size: for a bundle that is of no use without it.
 
     Returns:
         nothing, or a sentence that says why it was left out.
@@ -50,8 +50,8 @@ def write_reference(directory: Path, reference: Reference, *, limit: int | None 
     tensors = {f"input.{index}": tensor for index, tensor in enumerate(reference.inputs)}
     tensors |= {f"output.{index}": tensor for index, tensor in enumerate(reference.outputs)}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if limit is not None and total > limit:
-        return f"left out: {total} bytes of inputs and outputs, more than {limit}"
+    if total > _LIMIT and not whatever_size:
+        return f"left out: {total} bytes of inputs and outputs, more than {_LIMIT}"
     # Copies: inputs may be views of one another, which the format does not know.
     copies = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()

@@ -177,7 +177,7 @@ def test_build_hands_names_and_options_to_the_exporter(
     def write_onnx(graph_module: fx.GraphModule, path: Path, **options: Any) -> types.SimpleNamespace:
         seen.update(options)
         path.write_bytes(model(["batch", 3], ["batch", 3], result="o"))
-        return types.SimpleNamespace(sources={})
+        return types.SimpleNamespace(sources={}, notes=())
 
     exporter = types.ModuleType("fxcompress.backends.onnx_export")
     exporter.write_onnx = write_onnx  # type: ignore[attr-defined]

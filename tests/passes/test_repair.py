@@ -75,11 +75,13 @@ def test_mean_errors_are_gone(quantized):
 
 def test_the_graph_given_stays_and_a_second_run_finds_nothing_more(quantized):
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
-    once = run(CorrectBias(data()), quantized).graph_module
+    once = run(CorrectBias(data()), quantized)
     assert all(torch.equal(tensor, before[name]) for name, tensor in quantized.state_dict().items())
-    twice = run(CorrectBias(data()), once)
-    assert all(item.detail["largest_shift"] < 1e-5 for item in twice.rewrites)
-    torch.testing.assert_close(twice.graph_module(data()[0][0]), once(data()[0][0]), rtol=0, atol=0.1)
+    twice = run(CorrectBias(data()), once.graph_module)
+    # Last bits of a bias may take a value over the border of two integers, one step of one value among thousands.
+    for first, second in zip(once.rewrites, twice.rewrites, strict=True):
+        assert second.detail["largest_shift"] < 1e-3 * first.detail["largest_shift"]
+    torch.testing.assert_close(twice.graph_module(data()[0][0]), once.graph_module(data()[0][0]), rtol=0, atol=0.1)
 
 
 def test_without_rounding_biases_are_those_of_the_network(quantized):
