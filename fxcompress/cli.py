@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.main
@@ -192,6 +192,7 @@ def benchmark(
     batch: Annotated[int | None, typer.Option(min=1, help="Batch size; default: 1, or that of --input.")] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-n", min=2, help="Calls measured of each.")] = 50,
     warmup: Annotated[int, typer.Option(min=0, help="Calls before those of each turn.")] = 5,
+    options: BackendOptions = None,
     memory: Annotated[bool, typer.Option(help="Measure memory too, each candidate in a process of its own.")] = True,
     inputs: Inputs = None,
     as_json: AsJson = False,
@@ -199,10 +200,13 @@ def benchmark(
 ) -> None:
     """Measure latency and memory of engines, saved graphs and models (in eager PyTorch), in turns in one run."""
     given = Recipe().overridden(inputs=inputs).make_inputs()
+    told = parse_options(options or (), where="--backend-option")
     with screens.working(f"measure {', '.join(candidates)}"):
-        found = race(candidates, inputs=given, threads=threads, batch=batch, repetitions=repetitions, warmup=warmup)
+        asked: dict[str, Any] = {"threads": threads, "options": told}
+        found = race(candidates, inputs=given, batch=batch, repetitions=repetitions, warmup=warmup, **asked)
+        asked["threads"] = found.result.threads
         measured = found.candidates if memory else ()
-        taken = {item.name: footprint(item.spec, found.inputs, threads=found.result.threads) for item in measured}
+        taken = {item.name: footprint(item.spec, found.inputs, **asked) for item in measured}
     if as_json:
         screens.print_json(latency_screens.latency_json(found, taken))
     else:

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,13 +48,21 @@ class Footprint:
     problem: str = ""
 
 
-def footprint(spec: str, inputs: ExampleInputs, *, threads: int | None = None, timeout: float = 600) -> Footprint:
+def footprint(
+    spec: str,
+    inputs: ExampleInputs,
+    *,
+    threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    timeout: float = 600,
+) -> Footprint:
     """Open ``spec`` in a new process, call it on ``inputs`` a few times, and see what it takes.
 
     Args:
         spec: a bundle's directory or a model spec, as for :func:`fxcompress.latency.race`.
         inputs: of the calls.
         threads: of the candidate and of PyTorch.
+        options: of an engine, as for :func:`fxcompress.latency.race`.
         timeout: seconds until the process is given up.
 
     Returns:
@@ -63,7 +71,7 @@ def footprint(spec: str, inputs: ExampleInputs, *, threads: int | None = None, t
     if not _status():
         return Footprint(problem="this system has no /proc to read resident memory from")
     with tempfile.TemporaryDirectory() as folder:
-        _write(Path(folder), spec, inputs, threads)
+        _write(Path(folder), inputs, {"spec": spec, "threads": threads, "options": dict(options or {})})
         command = [sys.executable, "-m", "fxcompress.footprint", folder]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
@@ -76,14 +84,14 @@ def footprint(spec: str, inputs: ExampleInputs, *, threads: int | None = None, t
     return Footprint(**json.loads(lines[-1]))
 
 
-def _write(folder: Path, spec: str, inputs: ExampleInputs, threads: int | None) -> None:
+def _write(folder: Path, inputs: ExampleInputs, request: dict[str, Any]) -> None:
     leaves, tree = pytree.tree_flatten((inputs.args, inputs.kwargs))
     constants = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, torch.Tensor)}
     structure = Structure.from_spec(tree, constants)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     copies = {str(index): tensor.detach().cpu().clone().contiguous() for index, tensor in enumerate(tensors)}
     safetensors.torch.save_file(copies, folder / _TENSORS)
-    request = {"spec": spec, "threads": threads, "structure": structure.to_json()}
+    request = {**request, "structure": structure.to_json()}
     (folder / _REQUEST).write_text(json.dumps(request), encoding="utf-8")
 
 
@@ -100,7 +108,7 @@ def _measure(folder: Path) -> Footprint:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again from here
     before = _status()["VmRSS"]
     with contextlib.ExitStack() as stack, torch.inference_mode():
-        candidate = opened(request["spec"], request["spec"], threads, stack)
+        candidate = opened(request["spec"], request["spec"], threads, request["options"], stack)
         for _ in range(_CALLS):
             candidate.call(*args, **kwargs)
         after = _status()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxcompress.backends.engine import Engine
 from fxcompress.backends.registry import backend_class, load_engine
 from fxcompress.capture.inputs import ExampleInputs
 from fxcompress.compiled import Compiled
-from fxcompress.errors import PreconditionError
+from fxcompress.errors import OptionError, PreconditionError, nearest
 from fxcompress.model_specs import load_model, with_batch
 
 __all__ = ["Candidate", "Race", "opened", "race"]
@@ -67,6 +68,7 @@ def race(
     *,
     inputs: ExampleInputs | None = None,
     threads: int | None = None,
+    options: Mapping[str, Any] | None = None,
     batch: int | None = None,
     repetitions: int = 50,
     warmup: int = 5,
@@ -77,6 +79,7 @@ def race(
         specs: directories of bundles, or model specs.
         inputs: of every call; None takes those of the first candidate that knows any.
         threads: of each candidate whose backend has such an option, and of PyTorch; None leaves PyTorch's number.
+        options: of each engine whose backend has such an option.
         batch: size of the batch; None takes that of ``inputs``, or 1.
         repetitions: calls measured of each.
         warmup: calls before those of each turn.
@@ -86,9 +89,11 @@ def race(
 
     Raises:
         PreconditionError: nobody knows fitting inputs, or a candidate does not take them.
+        OptionError: no candidate has an option.
         BundleError: a bundle is missing or damaged. BackendError: an engine cannot run.
     """
     usual = torch.get_num_threads()
+    _check_options(specs, options or {})
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual)
         torch.set_num_threads(threads or usual)
@@ -96,7 +101,7 @@ def race(
         for spec in specs:
             count = sum(spec == earlier for earlier in specs[: len(candidates)])
             name = f"{spec} #{count + 1}" if count else spec
-            candidates.append(opened(spec, name, threads or usual, stack))
+            candidates.append(opened(spec, name, threads or usual, options or {}, stack))
         if inputs is None:
             known = next((item.inputs for item in candidates if item.inputs is not None), None)
             if known is None:
@@ -116,18 +121,18 @@ def race(
         return Race(result, tuple(candidates), inputs)
 
 
-def opened(spec: str, name: str, threads: int, stack: contextlib.ExitStack) -> Candidate:
+def opened(spec: str, name: str, threads: int, options: Mapping[str, Any], stack: contextlib.ExitStack) -> Candidate:
     """Open an engine, saved graph or model for as long as ``stack`` lasts.
+
+    Of ``threads`` and ``options`` an engine gets what its backend has.
 
     Raises:
         PreconditionError, BundleError, BackendError: as :func:`race`.
     """
-    path = Path(spec)
-    if (path / MANIFEST).exists() and read_manifest(path).kind == "engine":
-        cls = backend_class(str(read_manifest(path).backend))
-        assert dataclasses.is_dataclass(cls)
-        takes_threads = any(item.name == "threads" for item in dataclasses.fields(cls))
-        engine = stack.enter_context(load_engine(path, **({"threads": threads} if takes_threads else {})))
+    known_options = _engine_options(spec)
+    if known_options is not None:
+        told = {name: value for name, value in {"threads": threads, **options}.items() if name in known_options}
+        engine = stack.enter_context(load_engine(spec, **told))
         return Candidate(name, spec, f"{engine.manifest.backend} engine", engine, lambda batch: _inputs(engine, batch))
     source = load_model(spec)
     known = source.inputs
@@ -137,6 +142,24 @@ def opened(spec: str, name: str, threads: int, stack: contextlib.ExitStack) -> C
     if isinstance(source.model, ExportedProgram):
         return Candidate(name, spec, "exported program in PyTorch", source.model.module(), make)
     return Candidate(name, spec, "eager PyTorch", source.model, make)
+
+
+def _engine_options(spec: str) -> set[str] | None:
+    """What an engine can be loaded with; None of what is no engine."""
+    path = Path(spec)
+    if not (path / MANIFEST).exists() or read_manifest(path).kind != "engine":
+        return None
+    cls: Any = backend_class(str(read_manifest(path).backend))
+    only_at_load = inspect.signature(cls.load).parameters.values()
+    named = {item.name for item in only_at_load if item.kind is inspect.Parameter.KEYWORD_ONLY}
+    return named | {item.name for item in dataclasses.fields(cls)}
+
+
+def _check_options(specs: Sequence[str], options: Mapping[str, Any]) -> None:
+    known = {name for spec in specs for name in _engine_options(spec) or ()}
+    for name in options:
+        if name not in known:
+            raise OptionError(f"no engine here has an option {name!r}", where=name, remedy=nearest(name, known))
 
 
 def _inputs(engine: Engine, batch: int) -> ExampleInputs:

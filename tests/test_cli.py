@@ -251,6 +251,14 @@ def test_memory_that_cannot_be_measured_is_told(
     assert result.code == 0 and "not measured: the process died" in result.out
 
 
+def test_options_of_engines_that_are_benchmarked(run: Callable[..., Result], bundle: Path) -> None:
+    result = run("benchmark", str(bundle), "-n", "2", "--no-memory", "-B", "optimization_level=basic")
+    assert result.code == 0, result.told
+    result = run("benchmark", str(bundle), "-B", "optimisation_level=basic")
+    assert result.code == 2 and "no engine here has an option" in result.told
+    assert "optimization_level" in result.told
+
+
 def test_benchmark_of_what_does_not_fit(run: Callable[..., Result], bundle: Path) -> None:
     result = run("benchmark", str(bundle), "models.py:instance", "-n", "2")
     assert (result.code, "does not take inputs of shape [1, 3, 8, 8]" in result.told) == (2, True), result.err

@@ -8,6 +8,7 @@ array of the ``ml_dtypes`` package (a dependency of ``onnx``).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -42,6 +43,11 @@ def numpy_dtype(name: str) -> np.dtype[Any] | None:
         return np.dtype(name) if name != "bfloat16" and not name.startswith("float8") else None
     except TypeError:
         return None
+
+
+@cache
+def _numpy_has(dtype: torch.dtype) -> bool:
+    return numpy_dtype(dtype_name(dtype)) is not None
 
 
 def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
@@ -93,7 +99,7 @@ def to_numpy(value: Array) -> np.ndarray:
     """``value`` as an array on the CPU; bfloat16 and float8 become arrays of ``ml_dtypes``."""
     if isinstance(value, np.ndarray):
         return value
-    if numpy_dtype(dtype_name(value.dtype)) is not None:
+    if _numpy_has(value.dtype):
         array: np.ndarray = value.numpy(force=True)
         return array
     import ml_dtypes
