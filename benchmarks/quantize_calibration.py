@@ -3,11 +3,11 @@
     python -m benchmarks.quantize_calibration
     python -m benchmarks.quantize_calibration --memory        # adds memory to the rows that are there
 
-Time is that of the processor, so that a busy machine does not change it. The captured graph, called as the user calls
-it, and `Calibrate` pass over the same batches in turns; what `Calibrate` does once (grids from what was seen, weights,
-and with `damage` the first samples once more, there and back) is told apart by two numbers of batches. The whole of a
-calibration with default options on 128 samples stands beside a forward pass over the same samples. Memory: the peak of
-a process that calibrates on few batches and of one that calibrates on many.
+Time is that of the processor, so that a busy machine changes it less. The data that `Calibrate` reads times it: each
+batch first goes through the captured graph, as the user calls it, and then to `Calibrate`, until that asks for the next
+one. The rest of its time is what it does once: grids from what was seen, weights, and with `damage`, the default, the
+first samples once more, there and back. Memory: the peak of a process that calibrates on few batches and of one that
+calibrates on many.
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ RESULTS = _results.RESULTS / "quantize_calibration.json"
 MODELS = ("resnet18", "mobilenet_v2", "vit_b_16")
 OBSERVERS = ("damage", "mse", "minmax")
 FEW, MANY = 2, 16
-WHOLE = 128  # samples of a whole calibration
-DEFAULT = Calibrate([]).observer
-COLUMNS = ("model", "observer", "batch", "forward_ms", "calibrate_ms", "ratio", "once_ms")
-COLUMNS += ("forward_128_s", "calibrate_128_s", "ratio_128", "peak_mib_2", "peak_mib_16")
+COLUMNS = ("model", "observer", "batch", "forward_ms", "calibrate_ms", "ratio", "once_ms", "samples", "whole_ratio")
+COLUMNS += ("peak_mib_2", "peak_mib_16")
 
 Row = dict[str, Any]
 
@@ -59,52 +57,52 @@ def with_stubs(name: str) -> fx.GraphModule:
     return InsertQuantStubs().run(FuseModules().run(graph, context).graph_module, context).graph_module
 
 
-def measure(name: str, size: int, count: int, rounds: int) -> list[Row]:
+class _Timed:
+    """Batches, and for each the processor time of a plain forward pass and of what its reader does with it."""
+
+    def __init__(self, graph: fx.GraphModule, data: list[Any]) -> None:
+        self.graph, self.data = graph, data
+        self.forward: list[float] = []
+        self.read: list[float] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.data:
+            started = time.process_time()
+            with torch.no_grad():
+                self.graph(*batch)
+            given = time.process_time()
+            yield batch
+            self.forward.append(given - started)
+            self.read.append(time.process_time() - given)
+
+
+def measure(name: str, size: int, count: int) -> list[Row]:
     """A row for each observer, without memory."""
     graph = with_stubs(name)
-    first = -(-SAMPLES // size)  # batches of which ranges are refined: what comes later is only collected
-    data = list(batches(name, size, first + count))
-    found: dict[str, list[tuple[float, float, float]]] = {observer: [] for observer in OBSERVERS}
-    for number in range(rounds + 1):
-        for observer in OBSERVERS:
-            forward = _forward(graph, data) / len(data)
-            whole, start = (_calibrate(graph, observer, part) for part in (data, data[:first]))
-            each = (whole - start) / count
-            if number:  # the first warms up
-                found[observer].append((forward, each, start - first * each))
-    many = list(batches(name, size, WHOLE // size))
-    plain, calibrated = _forward(graph, many), _calibrate(graph, DEFAULT, many)
-    whole_row = {"forward_128_s": plain, "calibrate_128_s": calibrated, "ratio_128": calibrated / plain}
+    data = list(batches(name, size, count))
+    _calibrate(graph, "minmax", _Timed(graph, data[:2]))  # warms up
     rows = []
-    for observer, seen in found.items():
-        forward, each, once = (1000 * statistics.median(values) for values in zip(*seen, strict=True))
-        ratio = statistics.median(calibrate / plain for plain, calibrate, _ in seen)
-        rows.append(
-            {
-                "model": name,
-                "observer": observer,
-                "batch": size,
-                "forward_ms": forward,
-                "calibrate_ms": each,
-                "ratio": ratio,
-                "once_ms": once,
-                "batches": count,
-                "ratios": [round(calibrate / plain, 3) for plain, calibrate, _ in seen],
-                **(whole_row if observer == DEFAULT else {}),
-            }
-        )
+    for observer in OBSERVERS:
+        timed = _Timed(graph, data)
+        whole = _calibrate(graph, observer, timed) - sum(timed.forward)
+        ratios = sorted(read / plain for read, plain in zip(timed.read, timed.forward, strict=True))
+        row = {
+            "model": name,
+            "observer": observer,
+            "batch": size,
+            "forward_ms": 1000 * statistics.median(timed.forward),
+            "calibrate_ms": 1000 * statistics.median(timed.read),
+            "ratio": statistics.median(ratios),
+            "once_ms": 1000 * (whole - sum(timed.read)),
+            "batches": count,
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+        row["samples"], row["whole_ratio"] = size * count, whole / sum(timed.forward)
+        rows.append(row)
     return rows
 
 
-def _forward(graph: fx.GraphModule, data: list[Any]) -> float:
-    started = time.process_time()
-    with torch.no_grad():
-        for batch in data:
-            graph(*batch)
-    return time.process_time() - started
-
-
-def _calibrate(graph: fx.GraphModule, observer: str, data: list[Any]) -> float:
+def _calibrate(graph: fx.GraphModule, observer: str, data: Any) -> float:
     copied = copy_graph(graph)
     started = time.process_time()
     Calibrate(data, observer).run(copied, PassContext())
@@ -127,16 +125,15 @@ def save(rows: list[Row], threads: int) -> None:
         columns=COLUMNS,
         summary={
             "largest ratio": max(row["ratio"] for row in rows),
-            "largest ratio of a whole calibration": max(row.get("ratio_128", 0) for row in rows),
+            "largest ratio of a whole calibration": max(row["whole_ratio"] for row in rows),
         },
         notes=[
-            "Milliseconds of processor time for each batch of a plain forward pass of the graph and of `Calibrate`, "
-            f"and what `Calibrate` does once; medians over rounds, the ratio is the median of those of a round. "
-            f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches. Random weights.",
-            f"`damage`, the default, collects what `mse` does, and once reads {SAMPLES} samples there and "
-            "back, which `once_ms` holds.",
-            f"Seconds of processor time for {WHOLE} samples: a plain forward pass, and all of `Calibrate` with its "
-            "default options, what is done once included; measured once.",
+            "Milliseconds of processor time for each batch: of a plain forward pass of the graph, and of `Calibrate`; "
+            "medians over batches, and the median of their ratios. `once_ms`: what `Calibrate` does once, however many "
+            "batches there are. `whole_ratio`: all of `Calibrate`, that included, against a forward pass over as many "
+            "`samples`. Random weights.",
+            f"Peak memory in MiB of a process that calibrates on {FEW} and on {MANY} batches.",
+            f"`damage`, the default, collects what `mse` does, and once runs {SAMPLES} samples there and back.",
         ],
         facts=_results.machine_facts(threads),
     )
@@ -146,8 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure all models, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--count", type=int, default=3, help="batches of a round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--count", type=int, default=32, help="batches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="measure memory only, for the rows that are there")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "OBSERVER"), help="print the peak of this process only")
@@ -170,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     rows = []
     for name in MODELS:
-        rows += measure(name, options.batch, options.count, options.rounds)
+        rows += measure(name, options.batch, options.count)
         print(_results.table(rows[-len(OBSERVERS) :], COLUMNS), flush=True)
         save(rows, options.threads)
 

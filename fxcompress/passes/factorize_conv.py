@@ -101,10 +101,11 @@ class FactorizeConv(Pass):
         sites = [item for item in found if isinstance(item, Site)]
         if not found:
             skipped.append(Skip("all", "nothing_to_factorize", "The graph has no convolution."))
+        folds = self.method != "channel"  # which has nothing to fit
         original = copy_graph(graph_module)
         rewrites: list[Rewrite] = []
         with GraphEditor(graph_module) as editor:
-            metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches)
+            metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches, folds=folds)
             for done, (site, metric, _) in enumerate(metrics):
                 made = self._best(site, _shape(graph_module, site, self.cost), metric)
                 if self.cost == "latency" and not self.force and isinstance(made, Convs):
@@ -115,7 +116,7 @@ class FactorizeConv(Pass):
                     rewrites.append(self._put(editor, site, made, metric))
                 if context.progress is not None:
                     context.progress(done + 1, len(sites), site.path)
-        note = too_wide(sites) if self.calibration is not None else ""
+        note = too_wide(sites, folds=folds) if self.calibration is not None else ""
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     def _best(self, site: Site, shape: Shape, metric: Metric) -> Convs | Skip:
@@ -206,6 +207,7 @@ class FactorizeConv(Pass):
             "channels": [layer.in_channels, layer.out_channels],
             **costs(count, own, before, None if after is None else after * len(site.nodes)),
             **errors(kernel_of(layer).flatten(2), made.matrix, metric),
+            **({} if made.fit is None else made.fit.detail),
             "layers": [f"{site.path}.{index}" for index in range(len(made.layers))],
         }
         return Rewrite(site.path, f"{made.method} of rank {' and '.join(map(str, made.ranks))}", detail)

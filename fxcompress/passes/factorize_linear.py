@@ -70,7 +70,7 @@ class FactorizeLinear(Pass):
             layer, or 1 MiB.
         correct_bias: let the bias take up the mean of the error, which allows a smaller one.
         refit: fit ``fc.1`` of each layer in turn, by least squares on the data, to the original output from the inputs
-            that the layers changed before it produce.
+            that the layers changed before it produce, as far as that holds on samples that were not fitted.
         round_to: ranks are multiples of this.
         cost: what has to fall for a site to be rewritten: ``parameters``, ``macs``, or ``latency`` measured on
             ``backend`` (inside ``compile()``).

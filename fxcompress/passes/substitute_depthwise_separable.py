@@ -50,7 +50,7 @@ class SubstituteDepthwiseSeparable(Pass):
         error: bound of the relative error of the weight, with ``calibration`` of the output on the data: the fewest
             terms that keep it.
         calibration: batches: what the model takes, or that and labels. The pointwise part is fitted to the original
-            output by least squares.
+            output by least squares, as far as what is fitted to one half of the samples holds on the other.
         batches: most batches to read; None reads all.
         cost: what has to fall: ``macs`` or ``parameters``; ``latency`` counts multiply-accumulates, and leaves a site
             that is no faster by measurement on ``backend`` (inside ``compile()``).
@@ -97,7 +97,7 @@ class SubstituteDepthwiseSeparable(Pass):
         original = copy_graph(graph_module)
         rewrites: list[Rewrite] = []
         with GraphEditor(graph_module) as editor:
-            metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches)
+            metrics = site_metrics(original, sites, self.calibration, context, batches=self.batches, folds=True)
             for done, (site, metric, moments) in enumerate(metrics):
                 assert not isinstance(moments, PackedMoments)  # of matrices alone
                 made = self._decoupled(graph_module, site, metric, moments)
@@ -115,7 +115,7 @@ class SubstituteDepthwiseSeparable(Pass):
             rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
         note = "The new norms and activations are there to be trained." if self.activation and rewrites else ""
         if self.calibration is not None:
-            note = " ".join(filter(None, (note, too_wide(sites))))
+            note = " ".join(filter(None, (note, too_wide(sites, folds=True))))
         return PassResult(graph_module, tuple(rewrites), tuple(skipped), note)
 
     def _decoupled(
@@ -131,10 +131,14 @@ class SubstituteDepthwiseSeparable(Pass):
             total = channel_energies(kernel).sum(0, keepdim=True)  # errors of channels add up
             terms = Goal(error=self.error).of_spectrum(total)
         else:
-            for terms in range(1, price.full + 1):
-                made = decouple(kernel, terms, metric, moments)
-                if errors(kernel.flatten(2), made.matrix(), metric)["output_error"] <= self.error:
-                    break
+            low, terms = 1, price.full  # exact with all
+            while low < terms:
+                middle = (low + terms) // 2
+                tried = decouple(kernel, middle, metric, moments)
+                if errors(kernel.flatten(2), tried.matrix(), metric)["output_error"] <= self.error:
+                    terms, made = middle, tried
+                else:
+                    low = middle + 1
         if not self.force and not price.pays(terms):
             what = "weights" if self.cost == "parameters" else "multiply-accumulates"
             told = f"With {terms} terms it takes {terms * price.unit} {what}, as it is {price.dense}."
@@ -182,6 +186,7 @@ class SubstituteDepthwiseSeparable(Pass):
             "channels": [layer.in_channels, layer.out_channels],
             **costs(count, own, before, None if after is None else after * len(site.nodes)),
             **measured,
+            **({} if made.fit is None else made.fit.detail),
             "layers": [f"{site.path}.{index}" for index in range(len(chain))],
         }
         return Rewrite(site.path, f"depthwise and pointwise with {terms} terms", detail)

@@ -48,7 +48,10 @@ def test_errors_are_what_the_outputs_show_and_costs_what_was_asked(name, method)
             found[calibration is not None] = float((expected - actual).norm() / (expected - bias).norm())
         if calibration is not None:
             assert abs(found[True] - detail["output_error"]) < 1e-5
-    assert found[True] < found[False]  # fitted on just this data
+    if detail.get("ridge", 0.0) is not None:
+        assert found[True] < found[False]  # fitted on just this data
+    else:  # no half of it tells anything about the other
+        assert found[True] == found[False]
 
 
 def test_channel_equals_the_tail_of_the_svd():

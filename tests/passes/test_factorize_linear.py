@@ -315,7 +315,7 @@ def test_refit_reads_the_data_once_for_layers_side_by_side():
             return super().__iter__()
 
     torch.manual_seed(0)
-    data = Data([torch.randn(8, 6, 32) for _ in range(4)])
+    data = Data([torch.randn(32, 6, 32) for _ in range(4)])
 
     class Three(nn.Module):
         def __init__(self):

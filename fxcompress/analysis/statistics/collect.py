@@ -269,7 +269,7 @@ def _tensor(node: fx.Node, value: Any) -> torch.Tensor:
 
 def _check_finite(node: fx.Node, value: Any) -> None:
     if hasattr(value, "__dataclass_fields__"):
-        value = list(vars(value).values())
+        value = [part for part in vars(value).values() if part is not None]
     for leaf in pytree.tree_leaves(value):
         if hasattr(leaf, "__dataclass_fields__"):
             _check_finite(node, leaf)

@@ -34,11 +34,13 @@ class Moments:
         total: Σ x xᵀ, float64 ``[groups, d, d]``; d counts features, or input channels of a group × kernel.
         sum: Σ x, float64 ``[groups, d]``.
         count: rows.
+        fold: the same of the rows of one half of the samples, where it was asked for and there is more than one.
     """
 
     total: torch.Tensor
     sum: torch.Tensor
     count: int
+    fold: Moments | None = None
 
     @property
     def mean(self) -> torch.Tensor:
@@ -57,7 +59,8 @@ class Moments:
         return self.second - mean[:, :, None] * mean[:, None, :]
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.total + other.total, self.sum + other.sum, self.count + other.count)
+        fold = None if self.fold is None or other.fold is None else self.fold + other.fold
+        return Moments(self.total + other.total, self.sum + other.sum, self.count + other.count, fold)
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,22 @@ class SecondMoment(Statistic):
     Attributes:
         rows: most rows to take of one batch, evenly spaced; None takes all.
         packed: :class:`PackedMoments` instead, in 9/16 of the memory; of rows in one group.
+        folds: with those of one half of the samples beside, in twice the memory; not with ``packed``.
     """
 
     of: Any = "input"
     rows: int | None = None
     packed: bool = False
+    folds: bool = False
 
     def start(self, layer: nn.Module | None) -> Accumulator:
         conv: Any = layer if self.of == "output" and is_conv(layer) else None
         dim = -1 if conv is None else -1 - len(conv.kernel_size)
-        kind = _Halves if self.packed else _Products
-        return kind(layer if self.of == "input" else None, self.rows, dim)
+        given = layer if self.of == "input" else None
+        if self.packed:
+            return _Packed(given, self.rows, dim)
+        first = _Products(given, self.rows, dim)
+        return _Folds(first, _Products(given, self.rows, dim)) if self.folds else first
 
     def shared_by(self, layer: nn.Module | None) -> Hashable:
         return self, geometry(layer) if self.of == "input" else None
@@ -149,7 +157,7 @@ class _Products(_Rows):
         return Moments(self.total, self.sum, self.count)
 
 
-class _Halves(_Rows):
+class _Packed(_Rows):
     half: Triangle | None = None
 
     def add(self, *tensors: torch.Tensor) -> None:
@@ -180,16 +188,19 @@ class CrossMoments:
         moments: of x, with one group.
         sum: Σ y, float64.
         energy: Σ ‖y‖².
+        fold: the same of the rows of one half of the samples, where it was asked for and there is more than one.
     """
 
     cross: torch.Tensor
     moments: Moments
     sum: torch.Tensor
     energy: float
+    fold: CrossMoments | None = None
 
     def __add__(self, other: CrossMoments) -> CrossMoments:
+        fold = None if self.fold is None or other.fold is None else self.fold + other.fold
         sums = (self.sum + other.sum, self.energy + other.energy)
-        return CrossMoments(self.cross + other.cross, self.moments + other.moments, *sums)
+        return CrossMoments(self.cross + other.cross, self.moments + other.moments, *sums, fold)
 
 
 @dataclass(frozen=True)
@@ -199,13 +210,16 @@ class CrossMoment(Statistic):
     Attributes:
         with_: name of the node of the second graph.
         dim: of both: the dimension that counts features.
+        folds: with those of one half of the samples beside, in twice the memory.
     """
 
     with_: str = ""
     dim: int = -1
+    folds: bool = False
 
     def start(self, layer: nn.Module | None) -> Accumulator:
-        return _CrossProducts(self.dim)
+        first = _CrossProducts(self.dim)
+        return _Folds(first, _CrossProducts(self.dim)) if self.folds else first
 
 
 class _CrossProducts(Accumulator):
@@ -231,3 +245,46 @@ class _CrossProducts(Accumulator):
         assert self.cross is not None
         assert isinstance(self.sum, torch.Tensor)
         return CrossMoments(self.cross, self.products.value(), self.sum, self.energy)
+
+
+class _Folds(Accumulator):
+    """One half of the samples of each batch apart from the other; of batches of one sample every other batch."""
+
+    def __init__(self, first: _Products | _CrossProducts, second: _Products | _CrossProducts) -> None:
+        self.folds = (first, second)
+        self.seen = [0, 0]  # samples
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        samples = len(tensors[0]) if tensors[0].dim() > 1 else 1
+        if samples < 2 or any(len(tensor) != samples for tensor in tensors):
+            self._add(int(self.seen[0] > self.seen[1]), tensors, samples)
+            return
+        middle = samples // 2
+        self._add(0, tuple(tensor[:middle] for tensor in tensors), middle)
+        self._add(1, tuple(tensor[middle:] for tensor in tensors), samples - middle)
+
+    def _add(self, which: int, tensors: tuple[torch.Tensor, ...], samples: int) -> None:
+        self.folds[which].add(*tensors)
+        self.seen[which] += samples
+
+    def value(self) -> Moments | CrossMoments:
+        first: Any = self.folds[0].value()
+        if not self.seen[1]:
+            return first
+        second: Any = self.folds[1].value()
+        _add_to(second, first)
+        whole = second.moments if isinstance(second, CrossMoments) else second
+        fold = first.moments if isinstance(first, CrossMoments) else first
+        moments = Moments(whole.total, whole.sum, whole.count + fold.count, fold)
+        if not isinstance(second, CrossMoments):
+            return moments
+        return CrossMoments(second.cross, moments, second.sum, second.energy + first.energy, first)
+
+
+def _add_to(whole: Any, fold: Any) -> None:
+    """In place, so that no third moment is held."""
+    for name, value in vars(whole).items():
+        if isinstance(value, torch.Tensor):
+            value.add_(getattr(fold, name))
+        elif isinstance(value, Moments):
+            _add_to(value, fold.moments)

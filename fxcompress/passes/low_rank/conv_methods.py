@@ -15,7 +15,7 @@ to the output by least squares.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from torch import nn
 
 from fxcompress.passes.low_rank.cp import cp_factors
 from fxcompress.passes.low_rank.kernels import pointwise, stage
+from fxcompress.passes.low_rank.least_squares import Fit, Sums, fit
 from fxcompress.passes.low_rank.metric import Metric, plain_metric
-from fxcompress.passes.low_rank.refit import ridge
 from fxcompress.passes.low_rank.truncate import Factors, truncate
 from fxcompress.passes.low_rank.tucker import tucker2
 
@@ -70,12 +70,14 @@ class Convs:
         ranks: one number, of ``tucker2`` two.
         layers: which take the convolution's place, in order.
         matrix: the kernel that they make together, ``[groups, out, in · k²]``.
+        fit: how one of them was fitted to data.
     """
 
     method: str
     ranks: tuple[int, ...]
     layers: tuple[nn.Module, ...]
     matrix: torch.Tensor
+    fit: Fit | None = None
 
 
 def applies(method: str, shape: Shape) -> bool:
@@ -143,8 +145,7 @@ def decompose(method: str, layer: Any, kernel: torch.Tensor, ranks: Sequence[int
         metric: of the patches, or plain.
     """
     make = {"channel": _channel, "spatial": _spatial, "tucker2": _tucker2, "cp": _cp}[method]
-    layers, matrix = make(layer, kernel, tuple(ranks), metric)
-    return Convs(method, tuple(ranks), layers, matrix)
+    return Convs(method, tuple(ranks), *make(layer, kernel, tuple(ranks), metric))
 
 
 def _channel(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric) -> Any:
@@ -153,7 +154,7 @@ def _channel(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
     inner = made.inner.unflatten(2, kernel.shape[2:])
     every = tuple(range(kernel.dim() - 3))
     layers = (stage(layer, inner, axes=every), pointwise(layer, made.outer, layer.bias))
-    return layers, made.outer @ made.inner
+    return layers, made.outer @ made.inner, None
 
 
 def _spatial(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric) -> Any:
@@ -167,14 +168,16 @@ def _spatial(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
     assert isinstance(made, Factors)
     inner = made.inner.reshape(groups, rank, inputs, first)
     outer = made.outer.reshape(groups, outputs, rest, rank).permute(0, 1, 3, 2)  # [groups, out, rank, rest]
+    fitted: Fit | None = None
     if metric.moment is not None:
-        # What the second convolution reads are rank × rest numbers, each a map of the patch: D of [rank·rest, in·k²].
-        one = torch.eye(rest, dtype=torch.float64, device=kernel.device)
-        maps = torch.einsum("gric,jl->grjicl", inner.double(), one)
-        maps = maps.reshape(groups, rank * rest, inputs, first, rest)
-        maps = maps.unflatten(4, [size for i, size in enumerate(spatial) if i != axis]).movedim(3, 3 + axis).flatten(2)
-        fitted = _fitted(kernel, maps, outer.flatten(2), metric)
-        outer = fitted.reshape(outer.shape).to(kernel.dtype)
+
+        def read(patches: torch.Tensor) -> torch.Tensor:
+            """The rank × rest numbers that the second convolution reads of each patch."""
+            parted = patches.unflatten(1, (inputs, *spatial)).movedim(2 + axis, 2).flatten(3, -2)
+            return torch.einsum("gric,gicjn->grjn", inner.double(), parted).flatten(1, 2)
+
+        fitted, _ = _fitted(kernel, read, outer.flatten(2), metric)
+        outer = fitted.factor.reshape(outer.shape).to(kernel.dtype)
     ones = [1] * len(spatial)
     shape_one, shape_two = list(ones), list(spatial)
     shape_one[axis], shape_two[axis] = first, 1
@@ -185,7 +188,7 @@ def _spatial(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
     )
     whole = torch.einsum("gorj,gric->goicj", outer, inner)
     whole = whole.unflatten(4, [spatial[i] for i in others]).movedim(3, 3 + axis)
-    return layers, whole.flatten(2)
+    return layers, whole.flatten(2), fitted
 
 
 def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric) -> Any:
@@ -193,22 +196,26 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
     inner_rank, outer_rank = ranks
     size = math.prod(spatial)
     basis, outer, core = tucker2(kernel.flatten(3), inner_rank, outer_rank)
+    fitted: Fit | None = None
     if metric.moment is not None:
         # With the first convolution given, the others are the best of their rank in the metric of what they read.
-        maps = torch.einsum("gir,kl->grkil", basis, torch.eye(size, dtype=basis.dtype, device=basis.device))
-        maps = maps.reshape(groups, inner_rank * size, inputs * size)
         now = (outer @ core.flatten(2)).reshape(groups, outputs, -1)
-        fitted = _fitted(kernel, maps, now, metric)
-        seen = maps @ metric.moment @ maps.mT
-        made = truncate(fitted, Metric(seen, singular=True), outer_rank) if outer_rank < min(fitted.shape[1:]) else 0
+
+        def read(patches: torch.Tensor) -> torch.Tensor:
+            parted = patches.unflatten(1, (inputs, size))
+            return torch.einsum("gir,gikn->grkn", basis, parted).flatten(1, 2)
+
+        fitted, seen = _fitted(kernel, read, now, metric)
+        whole = fitted.factor
+        made = truncate(whole, Metric(seen, singular=True), outer_rank) if outer_rank < min(whole.shape[1:]) else 0
         if isinstance(made, Factors):
             outer, core = made.outer, made.inner.unflatten(2, (inner_rank, size))
         elif outer_rank == outputs:
             outer = torch.eye(outputs, dtype=basis.dtype, device=basis.device).expand(groups, -1, -1)
-            core = fitted.unflatten(2, (inner_rank, size))
+            core = whole.unflatten(2, (inner_rank, size))
         else:  # the middle convolution can hand on all that it reads
-            one = torch.eye(outer_rank, fitted.shape[2], dtype=basis.dtype, device=basis.device)
-            outer = fitted @ one.T
+            one = torch.eye(outer_rank, whole.shape[2], dtype=basis.dtype, device=basis.device)
+            outer = whole @ one.T
             core = one.expand(groups, -1, -1).unflatten(2, (inner_rank, size))
     dtype = kernel.dtype
     basis, outer, core = basis.to(dtype), outer.to(dtype), core.to(dtype)
@@ -218,16 +225,18 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
         stage(layer, core.unflatten(3, spatial), axes=every),
         pointwise(layer, outer, layer.bias),
     )
-    return layers, torch.einsum("gos,gsrk,gir->goik", outer, core, basis).flatten(2)
+    return layers, torch.einsum("gos,gsrk,gir->goik", outer, core, basis).flatten(2), fitted
 
 
 def _cp(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric) -> Any:
     spatial = kernel.shape[3:]
     rank = ranks[0]
     outer, inner, middle = cp_factors(kernel[0].flatten(2).double(), rank)  # [out, r], [in, r], [k², r]
+    fitted: Fit | None = None
     if metric.moment is not None:
         maps = torch.einsum("ir,kr->rik", inner, middle).reshape(1, rank, -1)
-        outer = _fitted(kernel, maps, outer[None], metric)[0]
+        fitted, _ = _fitted(kernel, lambda patches: maps @ patches, outer[None], metric)
+        outer = fitted.factor[0]
     outer, inner, middle = (factor.to(kernel.dtype) for factor in (outer, inner, middle))
     every = tuple(range(len(spatial)))
     layers = (
@@ -235,14 +244,29 @@ def _cp(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: Metric
         stage(layer, middle.T.reshape(rank, 1, 1, *spatial), axes=every),
         pointwise(layer, outer[None], layer.bias),
     )
-    return layers, torch.einsum("or,ir,kr->oik", outer, inner, middle).flatten(1)[None]
+    return layers, torch.einsum("or,ir,kr->oik", outer, inner, middle).flatten(1)[None], fitted
 
 
-def _fitted(kernel: torch.Tensor, maps: torch.Tensor, now: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """The weights that make the output best from ``maps @ patch``; float64 ``[groups, out, rows of maps]``."""
+def _fitted(
+    kernel: torch.Tensor, read: Callable[[torch.Tensor], torch.Tensor], now: torch.Tensor, metric: Metric
+) -> tuple[Fit, torch.Tensor]:
+    """The weights that make the output best from what a layer reads, and the second moment of that.
+
+    Args:
+        kernel: ``[groups, out, in, kernel…]``.
+        read: what the layer reads of patches: linear, ``[groups, in · k², n]`` to ``[groups, d, n]``.
+        now: the weights so far, ``[groups, out, d]``; the fitted ones are float64.
+        metric: of the patches.
+    """
+    weight = kernel.double().flatten(2)
+
+    def sums(moment: torch.Tensor) -> Sums:
+        half = read(moment)
+        return Sums(weight @ half.mT, read(half.mT), float(((weight @ moment) * weight).sum()))
+
     assert metric.moment is not None
-    half = maps @ metric.moment
-    return ridge(kernel.double().flatten(2) @ half.mT, half @ maps.mT, now.double())
+    whole = sums(metric.moment)
+    return fit(whole, None if metric.fold is None else sums(metric.fold), now.double()), whole.moment
 
 
 def _split(shape: Shape) -> int:

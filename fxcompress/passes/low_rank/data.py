@@ -44,6 +44,7 @@ def site_metrics(
     alpha: float | None = None,
     held: int | Sequence[int] = _BYTES,
     linear: bool = False,
+    folds: bool = False,
 ) -> Iterator[tuple[Site, Metric, Moments | PackedMoments | None]]:
     """Each site with the metric of its errors, and the moments it is made of; one site at a time.
 
@@ -61,12 +62,13 @@ def site_metrics(
         held: bytes of second moments that may be held at once (those of one site at least); or for each site how many
             while it is factored.
         linear: whether sites are taken as matrices, of which outputs tell as much as inputs; their moments are packed.
+        folds: with the moments of one half of the samples beside: something is fitted to the data.
     """
     if calibration is None:
         for site in sites:
             yield site, plain_metric(), None
         return
-    reads = _reads(sites, linear)
+    reads = _reads(sites, linear, folds)
     flags = list(centred) or [False] * len(sites)
     whole = isinstance(calibration, Iterator)  # can be read only once
     spans = [(0, len(reads))] if whole else list(_chunks(reads, held))
@@ -121,15 +123,17 @@ class _Read:
         site: of the pass.
         outputs: whether it is what the site produces, rather than what it reads.
         packed: whether one half of the moment is held.
+        folds: whether the moment of half of the samples is held besides.
     """
 
     site: Site
     outputs: bool = False
     packed: bool = False
+    folds: bool = False
 
     @property
     def statistic(self) -> SecondMoment:
-        return SecondMoment("output" if self.outputs else "input", packed=self.packed)
+        return SecondMoment("output" if self.outputs else "input", packed=self.packed, folds=self.folds)
 
     @property
     def values(self) -> set[Hashable]:
@@ -144,7 +148,7 @@ class _Read:
         layer = self.site.layer
         size = layer.weight.shape[0] if self.outputs else width(layer)
         whole = 8 * int(size) ** 2 * int(getattr(layer, "groups", 1))
-        return whole * 9 // 16 if self.packed else whole
+        return whole * 9 // 16 if self.packed else whole * (1 + self.folds)
 
     @property
     def without(self) -> bool:
@@ -152,9 +156,9 @@ class _Read:
         return type(self.site.layer) is nn.Embedding or self.bytes > _MOST
 
 
-def _reads(sites: Sequence[Site], linear: bool) -> list[_Read]:
+def _reads(sites: Sequence[Site], linear: bool, folds: bool = False) -> list[_Read]:
     """By outputs where that takes less memory for all sites that read the same value together."""
-    reads = [_Read(site, packed=linear) for site in sites]
+    reads = [_Read(site, packed=linear, folds=folds) for site in sites]
     if not linear:
         return reads
     sharing: dict[Hashable, list[_Read]] = defaultdict(list)
@@ -192,12 +196,13 @@ def _mean_abs(site: Site) -> MeanAbs:
     return MeanAbs("input", dim=-1 - len(layer.kernel_size) if type(layer) in CONVS else -1)
 
 
-def too_wide(sites: Sequence[Site], *, linear: bool = False) -> str:
+def too_wide(sites: Sequence[Site], *, linear: bool = False, folds: bool = False) -> str:
     """A sentence about the sites that go without data because of their size; empty if there are none."""
-    reads = [read for read in _reads(sites, linear) if read.without and type(read.site.layer) is not nn.Embedding]
-    if not reads:
+    reads = _reads(sites, linear, folds)
+    wide = [read.site for read in reads if read.without and type(read.site.layer) is not nn.Embedding]
+    if not wide:
         return ""
-    names = ", ".join(read.site.path for read in reads)
+    names = ", ".join(site.path for site in wide)
     return f"What {names} read of the data is too wide for its second moment: factored without data."
 
 

@@ -3,8 +3,9 @@
 Network Decoupling (Guo et al. 2018, arXiv:1808.05517): the kernels of one input channel c are a matrix W_c [out, k²];
 its best approximation of rank T is T depthwise kernels and T columns of a pointwise convolution. At T = min(k², out) it
 is exact. On data, W_c is truncated in the metric of the patches of its channel, and then the pointwise part, of all
-channels together, is fitted to the output by least squares: with D the depthwise kernels as a matrix on patches and C
-the second moment of these, P = W C Dᵀ (D C Dᵀ)⁻¹.
+channels together, is fitted to the output by least squares (:mod:`~fxcompress.passes.low_rank.least_squares`): with D
+the depthwise kernels as a matrix on patches and C the second moment of these, it goes from there towards
+P = W C Dᵀ (D C Dᵀ)⁻¹.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from fxcompress.analysis.statistics import Moments
+from fxcompress.passes.low_rank.least_squares import Fit, Sums, fit
 from fxcompress.passes.low_rank.metric import Metric, data_metric, plain_metric
-from fxcompress.passes.low_rank.refit import ridge
 from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
 
 __all__ = ["Decoupled", "channel_energies", "decouple"]
@@ -28,10 +29,12 @@ class Decoupled:
     Attributes:
         depthwise: ``[groups, in, terms, kernel elements]`` in the kernel's dtype.
         pointwise: ``[groups, out, in · terms]``.
+        fit: how the pointwise part was fitted to data.
     """
 
     depthwise: torch.Tensor
     pointwise: torch.Tensor
+    fit: Fit | None = None
 
     def matrix(self) -> torch.Tensor:
         """The kernel that both make together, ``[groups, out, in · kernel elements]``."""
@@ -61,14 +64,21 @@ def decouple(kernel: torch.Tensor, terms: int, metric: Metric, moments: Moments 
         return _exact(kernel)
     depthwise = made.inner.reshape(groups, inputs, terms, size)
     pointwise = made.outer.reshape(groups, inputs, outputs, terms).permute(0, 2, 1, 3).flatten(2)
-    if metric.moment is not None:
-        wide = depthwise.double()
-        moment = metric.moment.reshape(groups, inputs, size, inputs, size)
-        half = torch.einsum("gatk,gakbl->gatbl", wide, moment)  # D C
-        inner = torch.einsum("gatbl,gbsl->gatbs", half, wide).reshape(groups, inputs * terms, -1)
-        cross = kernel.double().flatten(2) @ half.reshape(groups, inputs * terms, -1).mT
-        pointwise = ridge(cross, inner, pointwise.double()).to(kernel.dtype)
-    return Decoupled(depthwise, pointwise)
+    if metric.moment is None:
+        return Decoupled(depthwise, pointwise)
+    fold = None if metric.fold is None else _sums(kernel, depthwise, metric.fold)
+    fitted = fit(_sums(kernel, depthwise, metric.moment), fold, pointwise.double())
+    return Decoupled(depthwise, fitted.factor.to(kernel.dtype), fitted)
+
+
+def _sums(kernel: torch.Tensor, depthwise: torch.Tensor, moment: torch.Tensor) -> Sums:
+    """Of the output, and of what the pointwise part reads: W C Dᵀ and D C Dᵀ."""
+    groups, inputs, terms, size = depthwise.shape
+    wide, weight = depthwise.double(), kernel.double().flatten(2)
+    half = torch.einsum("gatk,gakbl->gatbl", wide, moment.reshape(groups, inputs, size, inputs, size))  # D C
+    inner = torch.einsum("gatbl,gbsl->gatbs", half, wide).reshape(groups, inputs * terms, -1)
+    cross = weight @ half.reshape(groups, inputs * terms, -1).mT
+    return Sums(cross, inner, float(((weight @ moment) * weight).sum()))
 
 
 def _exact(kernel: torch.Tensor) -> Decoupled:

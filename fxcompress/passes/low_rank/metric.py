@@ -39,6 +39,7 @@ class Metric:
         weighs: False where the moment only measures, and every entry of the weight counts the same.
         singular: whether the data has too few rows for the moment to have a root.
         rows: of the data; 0 without.
+        fold: Σ x xᵀ of one half of the samples, ``[groups, d, d]``, to hold what is fitted on the other against.
     """
 
     of_inputs: torch.Tensor | Triangle | None = None
@@ -47,6 +48,7 @@ class Metric:
     weighs: bool = True
     singular: bool = False
     rows: int = 0
+    fold: torch.Tensor | None = None
 
     @property
     def moment(self) -> torch.Tensor | None:
@@ -179,12 +181,14 @@ def data_metric(moments: Moments | PackedMoments, *, centred: bool = False) -> M
         centred: of x − mean(x): for a layer whose bias takes up what the mean loses.
     """
     moment: torch.Tensor | Triangle
+    fold = None
     if isinstance(moments, PackedMoments):
         moment, width = _of(moments, centred), moments.half.size
     else:
         moment = moments.covariance * moments.count if centred else moments.total
         width = moment.shape[-1]
-    return Metric(moment, singular=moments.count <= width, rows=moments.count)
+        fold = None if moments.fold is None or centred else moments.fold.total
+    return Metric(moment, singular=moments.count <= width, rows=moments.count, fold=fold)
 
 
 def output_metric(moments: PackedMoments, width: int, *, centred: bool = False) -> Metric:

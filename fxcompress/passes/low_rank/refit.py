@@ -17,21 +17,10 @@ from fxcompress.graph.edit import GraphEditor
 from fxcompress.graph.queries import calls_of
 from fxcompress.passes.base import PassContext, Rewrite
 from fxcompress.passes.low_rank.account import errors
+from fxcompress.passes.low_rank.least_squares import Sums, fit
 from fxcompress.passes.low_rank.metric import plain_metric
 
-__all__ = ["refit_outer", "ridge"]
-
-_RIDGE = 1e-6  # of the mean variance: where the data says nothing, the factor stays as it is
-
-
-def ridge(cross: torch.Tensor, moment: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """A minimising Σ ‖y − A z‖² + λ ‖A − now‖²: ``[…, rows, d]`` from Σ y zᵀ, Σ z zᵀ and the present A."""
-    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[..., None, None]
-    one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    strength = _RIDGE * scale
-    # In terms of the change of A, so that no rounding enters where nothing has to change.
-    gradient = cross - now @ moment
-    return now + torch.linalg.solve(moment + strength * one, gradient, left=False)
+__all__ = ["refit_outer"]
 
 
 def refit_outer(
@@ -74,7 +63,7 @@ def refit_outer(
             last, layers = _last(graph_module, rewrites[index])
             dim = -1 if last.weight.dim() == 2 else 1
             pairs[index] = [
-                (call.name, CrossMoment(with_=_source(layer).name, dim=dim))
+                (call.name, CrossMoment(with_=_source(layer).name, dim=dim, folds=True))
                 for call, layer in zip(calls_of(original, rewrites[index].site), layers, strict=True)
             ]
             for name, asked in pairs[index]:
@@ -146,7 +135,7 @@ def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node
         for index in order[level]:
             layer: Any = graph_module.get_submodule(str(sites[index][0].target))
             outputs, inputs = layer.weight.shape[:2]
-            size = 8 * inputs * (outputs + inputs) * len(sites[index])
+            size = 2 * 8 * inputs * (outputs + inputs) * len(sites[index])
             if together and taken + size > held:
                 yield together
                 together, taken = [], 0
@@ -157,17 +146,22 @@ def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node
 
 def _refitted(last: Any, sums: CrossMoments) -> tuple[torch.Tensor, dict[str, Any]]:
     """The weight of ``last`` with which it comes closest to the original output, and what it then loses."""
-    cross, moment = sums.cross, sums.moments.total[0]
-    energy = sums.energy
+    whole = _without_bias(last, sums)
+    fold = None if sums.fold is None else _without_bias(last, sums.fold)
+    fitted = fit(whole, fold, last.weight.detach().double().flatten(1))
+    weight = fitted.factor.to(last.weight.dtype)
+    loss = whole.loss(weight.double())
+    error = math.sqrt(loss / whole.energy) if whole.energy > 0 else 0.0
+    return weight.reshape(last.weight.shape), {"loss": loss, "output_error": error, **fitted.detail}
+
+
+def _without_bias(last: Any, sums: CrossMoments) -> Sums:
+    cross, energy = sums.cross, sums.energy
     if last.bias is not None:
         bias = last.bias.detach().double()
         cross = cross - bias[:, None] * sums.moments.sum
         energy += float(sums.moments.count * bias.square().sum() - 2 * bias @ sums.sum)
-    fitted = ridge(cross, moment, last.weight.detach().double().flatten(1)).to(last.weight.dtype)
-    wide = fitted.double()
-    loss = max(energy - 2 * float((wide * cross).sum()) + float(((wide @ moment) * wide).sum()), 0.0)
-    error = math.sqrt(loss / energy) if energy > 0 else 0.0
-    return fitted.reshape(last.weight.shape), {"loss": loss, "output_error": error}
+    return Sums(cross, sums.moments.total[0], energy)
 
 
 def _weight_error(original: fx.GraphModule, graph_module: fx.GraphModule, rewrite: Rewrite) -> float | None:

@@ -132,6 +132,35 @@ def test_cross_moment_of_two_graphs():
     assert found.moments.count == 20
 
 
+@pytest.mark.parametrize("sizes", [(9, 11), (1, 1, 1), (1,)])
+def test_folds_are_halves_of_the_samples(sizes):
+    model, x = small(), torch.randn(sum(sizes), 6)
+    graph_module = graph_of(model, torch.randn(4, 6))
+    first, last = (names(graph_module)[path] for path in ("0", "2"))
+    cross = CrossMoment(with_=last, folds=True)
+    requests = {first: SecondMoment(folds=True), last: cross}
+    found = collect(graph_module, x.split(sizes), requests, beside=copy_graph(graph_module))
+    halves = {(9, 11): [*range(4), *range(9, 14)], (1, 1, 1): [0, 2], (1,): []}[sizes]
+    with torch.no_grad():
+        y = model(x).double()
+    moments, pairs = found[first, requests[first]], found[last, cross]
+    for got, rows in ((moments, x.double()), (pairs.moments, y)):
+        torch.testing.assert_close(got.total[0], rows.T @ rows)
+        assert got.count == len(rows)
+        assert (got.fold is None) == (not halves)
+        if halves:
+            torch.testing.assert_close(got.fold.total[0], rows[halves].T @ rows[halves])
+            torch.testing.assert_close(got.fold.sum[0], rows[halves].sum(0))
+            assert got.fold.count == len(halves)
+    torch.testing.assert_close(pairs.cross, y.T @ y)
+    assert pairs.energy == pytest.approx(float(y.square().sum()))
+    if halves:
+        torch.testing.assert_close(pairs.fold.cross, y[halves].T @ y[halves])
+        assert pairs.fold.energy == pytest.approx(float(y[halves].square().sum()))
+        both = moments + moments
+        torch.testing.assert_close(both.fold.total, 2 * moments.fold.total)
+
+
 @pytest.mark.parametrize("form", ["tensors", "tuples", "dicts", "loader", "generator"])
 def test_forms_of_data(form):
     x, labels = torch.randn(12, 6), torch.arange(12)

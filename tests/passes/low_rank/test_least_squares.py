@@ -1,0 +1,87 @@
+import pytest
+import torch
+from torch import nn
+
+from fxcompress.capture import capture
+from fxcompress.passes import FactorizeConv, PassContext, SubstituteDepthwiseSeparable
+from fxcompress.passes.low_rank.least_squares import Sums, fit
+
+
+def sums(y: torch.Tensor, z: torch.Tensor) -> Sums:
+    return Sums(y.T @ z, z.T @ z, float(y.square().sum()))
+
+
+def case(rows: int, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is true, what is known of it, and rows."""
+    torch.manual_seed(0)
+    true = torch.randn(6, 12, dtype=torch.float64)
+    z = torch.randn(rows, 12, dtype=torch.float64)
+    return true, true + 0.1 * torch.randn_like(true), z, z @ true.T + noise * torch.randn(rows, 6, dtype=torch.float64)
+
+
+def test_many_rows_are_fitted_and_few_are_not():
+    true, now, z, y = case(4000, noise=0.1)
+    made = fit(sums(y, z), sums(y[:2000], z[:2000]), now)
+    assert made.strength == 1e-6 or made.strength < 1e-2
+    assert float((made.factor - true).norm()) < 0.1 * float((now - true).norm())
+    assert made.held_out_error == pytest.approx(0.1 * 6**0.5 / float(y.norm() / 4000**0.5), rel=0.05)
+
+    true, now, z, y = case(16, noise=3.0)
+    made = fit(sums(y, z), sums(y[:8], z[:8]), now)
+    assert made.strength is None and torch.equal(made.factor, now)
+    weak = sums(y, z).fitted(now, 1e-6)
+    assert float((weak - true).norm()) > 3 * float((now - true).norm())
+
+
+def test_one_sample_fits_nothing():
+    _, now, z, y = case(50, noise=0.0)
+    made = fit(sums(y, z), None, now)
+    assert made.factor is now and made.detail == {"ridge": None, "held_out_error": None}
+
+
+def test_the_held_out_error_is_that_of_halves_on_each_other():
+    _, now, z, y = case(60, noise=1.0)
+    made = fit(sums(y, z), sums(y[:30], z[:30]), now)
+    assert made.strength is not None
+    ends = [(y[:30], z[:30]), (y[30:], z[30:])]
+    lost = 0.0
+    for (y_fit, z_fit), (y_held, z_held) in (ends, ends[::-1]):
+        ridge = made.strength * float(z_fit.square().sum()) / 12
+        change = torch.linalg.lstsq(
+            torch.cat([z_fit, ridge**0.5 * torch.eye(12, dtype=torch.float64)]),
+            torch.cat([y_fit - z_fit @ now.T, torch.zeros(12, 6, dtype=torch.float64)]),
+        ).solution.T
+        lost += float((y_held - z_held @ (now + change).T).square().sum())
+    assert made.held_out_error == pytest.approx((lost / float(y.square().sum())) ** 0.5, rel=1e-9)
+
+
+def test_rows_that_are_all_zero():
+    nothing = sums(torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 5, dtype=torch.float64))
+    now = torch.ones(3, 5, dtype=torch.float64)
+    assert torch.equal(fit(nothing, nothing, now).factor, now)
+
+
+@pytest.mark.parametrize(
+    "make", [SubstituteDepthwiseSeparable, lambda **options: FactorizeConv(method="tucker2", **options)]
+)
+def test_a_few_samples_do_not_blow_up_a_deep_network(make):
+    """With 16 rows for layers of 288 features a fit to them gave outputs a thousand times too large."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4)]
+    for _ in range(12):
+        layers += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[-2].weight)
+    model = nn.Sequential(*layers).eval()
+    data = [torch.randn(2, 3, 8, 8) for _ in range(2)]
+    x = torch.randn(8, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        moved = []
+        for calibration in (None, data):
+            graph = capture(model, (x,), dynamic_shapes="batch")
+            made = make(ratio=0.5, calibration=calibration).run(graph, PassContext())
+            moved.append(float((made.graph_module(x) - expected).norm() / expected.norm()))
+    assert moved[1] < 1.0 and moved[1] < 1.2 * moved[0]
+    details = [rewrite.detail for rewrite in made.rewrites]
+    assert len(details) >= 12
+    assert all(detail["held_out_error"] > detail["output_error"] for detail in details if detail["ridge"] is not None)
