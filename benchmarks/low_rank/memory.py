@@ -17,19 +17,18 @@ from fxcompress.passes import FactorizeLinear, PassContext
 _ROWS = 64  # of a batch
 
 
-def work_bytes(model: nn.Module, ratio: float, *, rows: int = 0) -> int:
+def work_bytes(model: nn.Module, *, rows: int = 0, **options: Any) -> int:
     """The most bytes of tensors that live at once while a model is factorized, less the factors of layers done before.
 
     Args:
         model: linear layers, one after the other.
-        ratio: of the pass.
         rows: of calibration data; 0 is without data.
+        options: of the pass.
     """
     torch.manual_seed(0)
     inputs = model[0].in_features
     graph_module = capture(model.eval(), (torch.randn(2, inputs),), dynamic_shapes="batch")
     scale = torch.logspace(0, -2, inputs)
-    options: dict[str, Any] = {}
     if rows:
         options["calibration"] = [torch.randn(_ROWS, inputs) * scale for _ in range(rows // _ROWS)]
     marks: list[str] = []
@@ -41,7 +40,8 @@ def work_bytes(model: nn.Module, ratio: float, *, rows: int = 0) -> int:
 
     gc.collect()  # what an earlier call left would count as freed in this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        made = FactorizeLinear(ratio=ratio, **options).run(copy_graph(graph_module), PassContext(progress=told))
+        made = FactorizeLinear(**options).run(copy_graph(graph_module), PassContext(progress=told))
+    thinner = {rewrite.site: rewrite.detail["layers"] for rewrite in made.rewrites}
     events = sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     live = most = done = 0
     for event in events:
@@ -51,7 +51,8 @@ def work_bytes(model: nn.Module, ratio: float, *, rows: int = 0) -> int:
             most = max(most, live - done)
         elif name.startswith("factorized "):
             path = name.removeprefix("factorized ")
-            pair = [made.graph_module.get_submodule(f"{path}.{index}").weight for index in (0, 1)]
+            layers = thinner.get(path, ())
+            pair = [made.graph_module.get_submodule(layer).weight for layer in layers]
             done += sum(weight.numel() * weight.element_size() for weight in pair)
     assert len(marks) == len(model)
     return most
@@ -80,8 +81,8 @@ def memory(widths: Sequence[int], ratios: Sequence[float]) -> None:
             largest = max(sum(p.numel() * 4 for p in layer.parameters()) for layer in model)
             for ratio in ratios:
                 row = {"layers": layers, "width": width, "ratio": ratio}
-                row["without_data"] = work_bytes(model, ratio) / largest
-                row["on_data"] = work_bytes(model, ratio, rows=2 * width) / largest
+                row["without_data"] = work_bytes(model, ratio=ratio) / largest
+                row["on_data"] = work_bytes(model, ratio=ratio, rows=2 * width) / largest
                 rows[layers, width, ratio] = row
                 print(row, flush=True)
     write(

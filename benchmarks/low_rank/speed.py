@@ -104,7 +104,7 @@ def measured(width: int, blocks: int, ratio: float, peer_blocks: int) -> dict[st
         "peer_blocks": peer_blocks,
         "faster": peer_seconds / seconds,
         "ns_per_parameter": seconds / parameters * 1e9,
-        "work_in_largest_layers": work_bytes(block(width), ratio) / 2**20 / largest,
+        "work_in_largest_layers": work_bytes(block(width), ratio=ratio) / 2**20 / largest,
         "resident_in_largest_layers": resident,
         "worst_error_over_best": worst,
     }

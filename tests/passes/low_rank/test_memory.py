@@ -17,11 +17,17 @@ def square(width):
 @pytest.mark.parametrize(("model", "largest"), [(block(512), 4 * 512**2), (square(768), 768**2)])
 @pytest.mark.parametrize("rows", [0, 1536])
 def test_the_peak_with_default_options(model, largest, rows):
-    assert work_bytes(model, 0.5, rows=rows) <= 3 * 4 * largest
+    assert work_bytes(model, ratio=0.5, rows=rows) <= 3 * 4 * largest
 
 
 def test_the_peak_of_square_layers_at_a_rank_beyond_a_quarter():
-    assert work_bytes(square(768), 0.7, rows=1536) <= 3.3 * 4 * 768**2  # all eigenvectors would take it to 7
+    assert work_bytes(square(768), ratio=0.7, rows=1536) <= 3.3 * 4 * 768**2  # all eigenvectors would take it to 7
+
+
+@pytest.mark.parametrize("options", [{"energy": 0.8}, {"error": 0.3}, {"ratio": 0.5, "scope": "global"}])
+@pytest.mark.parametrize("rows", [0, 1024])
+def test_the_peak_of_what_needs_whole_spectra(options, rows):
+    assert work_bytes(block(512), rows=rows, **options) <= 3 * 4 * 4 * 512**2
 
 
 class Counted(list):
