@@ -174,7 +174,9 @@ def make_pass(cls: type[Pass], options: dict[str, Any]) -> Pass:
 
 def _parse(text: str) -> tuple[str, dict[str, Any]]:
     malformed = OptionError(
-        f"{text!r} is no pass", remedy="write a name, or a name with options: prune_channels(ratio=0.5)"
+        f"{text!r} is no pass",
+        remedy="write a name, or a name with options: prune_channels(ratio=0.5); text among them stands in quotes "
+        "of its own: quantize(data='file.py:batches')",
     )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
