@@ -254,8 +254,10 @@ def _error(index: int, a: Any, b: Any, tolerance: float) -> float:
         return 0.0
     if not a.dtype.is_floating_point:
         raise Failure(f"output {index} ({a.dtype}) differs")
-    scale = float(a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
-    error = float((a - b).abs().max()) / scale
+    from fxcompress.graph.difference import difference
+
+    worst, scale = difference(a, b)
+    error = worst / max(scale, torch.finfo(a.dtype).tiny)
     if not math.isfinite(error) or error > tolerance:
         raise Failure(f"output {index} differs by {error:.1e}, more than {tolerance:.0e}")
     return error

@@ -10,11 +10,10 @@ import torch
 from fxcompress.backends.engine import Engine
 from fxcompress.backends.tensors import to_torch
 from fxcompress.errors import PreconditionError, VerificationError
+from fxcompress.graph.difference import difference
 from fxcompress.graph.structure import Structure
 
 __all__ = ["relative_error", "verify_engine"]
-
-_MARK = 1e3  # times all other values, and the same in both: not a result
 
 
 def verify_engine(
@@ -69,28 +68,12 @@ def verify_engine(
 
 
 def relative_error(reference: torch.Tensor, value: torch.Tensor) -> float:
-    """max|reference - value| / max|reference|, in float64, for tensors of one shape.
+    """max|reference - value| / max|reference| of tensors of one shape: see :func:`fxcompress.graph.difference`.
 
-    Infinite if NaNs, or infinities of one sign, do not stand in the same places; those that do are left out. So are
-    marks: what a mask hides is often the lowest number there is, beside which no error of the others would count.
     Against a reference of zeros the error is absolute.
     """
-    if reference.is_complex():
-        reference, value = torch.view_as_real(reference), torch.view_as_real(value)
-    a, b = reference.double().flatten(), value.double().flatten()
-    same = (a == b) | (a.isnan() & b.isnan())
-    if bool((~same & ~(a.isfinite() & b.isfinite())).any()):
-        return float("inf")
-    finite = a.isfinite()
-    a, b = a[finite], b[finite]
-    if not a.numel():
-        return 0.0
-    marks = a.abs() == a.abs().max()
-    others = float(a[~marks].abs().max()) if not bool(marks.all()) else 0.0
-    if 0 < _MARK * others < float(a.abs().max()) and torch.equal(a[marks], b[marks]):
-        a, b = a[~marks], b[~marks]
-    scale = float(a.abs().max())
-    return float((a - b).abs().max()) / (scale if scale > 0 else 1.0)
+    worst, scale = difference(reference, value)
+    return worst / (scale if scale > 0 else 1.0)
 
 
 def _flat(outputs: Any, count: int, structure: Structure) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import PreconditionError
+from fxcompress.graph.difference import difference
 from fxcompress.graph.edit import copy_graph
 from fxcompress.graph.info import GraphInfo, info
 from fxcompress.heap import give_back
@@ -144,22 +145,8 @@ def _relative_error(a: Any, b: Any) -> float:
         return float("inf")
     if not a.is_floating_point() and not a.is_complex():
         return 0.0 if torch.equal(a, b) else float("inf")
-    if a.numel() == 0:
-        return 0.0
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.detach().to(wide).cpu(), b.detach().to(wide).cpu()
-    finite = torch.isfinite(a)
-    if not torch.equal(finite, torch.isfinite(b)):
-        return float("inf")
-    if not bool(finite.all()):
-        if not torch.equal(torch.nan_to_num(a[~finite]), torch.nan_to_num(b[~finite])):
-            return float("inf")
-        a, b = a[finite], b[finite]
-        if a.numel() == 0:
-            return 0.0
-    scale = float(a.abs().max())
-    difference = float((a - b).abs().max())
-    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+    worst, scale = difference(a, b)
+    return worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
 
 
 def _placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
