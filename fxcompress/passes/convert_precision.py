@@ -79,7 +79,8 @@ class ConvertPrecision(Pass):
             editor.set_values(walk.values)
         skipped = [Skip(name, code, reason) for name, (code, reason) in wide.items() if code != "operation"]
         if not walk.narrowed:
-            skipped.append(Skip("all", "nothing_to_convert", "nothing in this graph computes in float32"))
+            if not skipped:
+                skipped.append(Skip("all", "nothing_to_convert", "nothing in this graph computes in float32"))
             return PassResult(graph_module, (), tuple(skipped))
         if not rewrites:
             rewrites.append(Rewrite("all", f"{walk.narrowed} operations in {self.dtype}"))

@@ -144,6 +144,13 @@ def test_nothing_to_convert():
     assert not result.changed and result.skipped[0].code == "nothing_to_convert"
 
 
+def test_where_all_is_quantized_only_that_is_told():
+    x = torch.randn(2, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    told = fxc.compile(model, [Quantize([x]), ConvertPrecision()], (x,), progress=False).report.passes[-1]
+    assert not told.rewrites and {skip.code for skip in told.skipped} == {"quantized"}
+
+
 class Mixed(nn.Module):
     """A convolution and its activation that run in integers, an LSTM, a product of two values, a layer in floats."""
 
