@@ -40,8 +40,8 @@ class Sums:
 
     def loss(self, factor: torch.Tensor) -> float:
         """Σ ‖y − A z‖²."""
-        lost = ((factor @ self.moment - 2 * self.cross) * factor).sum()
-        return max(self.energy + float(lost), 0.0)
+        gap = (factor @ self.moment).sub_(self.cross, alpha=2)
+        return max(self.energy + float(gap.flatten() @ factor.flatten()), 0.0)
 
     def fitted(self, now: torch.Tensor, strength: float) -> torch.Tensor:
         """A for λ of ``strength`` times the mean variance of z."""
@@ -49,8 +49,8 @@ class Sums:
         with_ridge = self.moment.clone()
         with_ridge.diagonal(dim1=-2, dim2=-1).add_(strength * scale)
         # In terms of the change of A, so that no rounding enters where nothing has to change.
-        gradient = self.cross - now @ self.moment
-        return now + torch.cholesky_solve(gradient.mT, torch.linalg.cholesky(with_ridge)).mT
+        gradient = (now @ self.moment).neg_().add_(self.cross)
+        return torch.cholesky_solve(gradient.mT, torch.linalg.cholesky(with_ridge)).mT.add_(now)
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,11 @@ def fit(whole: Sums, fold: Sums | None, now: torch.Tensor) -> Fit:
     halves = (fold, whole - fold)
     energy = max(whole.energy, 1e-300)
 
-    def held_out(factors: tuple[torch.Tensor, torch.Tensor]) -> float:
-        return sum(other.loss(factor) for factor, other in zip(factors, reversed(halves), strict=True)) / energy
-
-    chosen, least = None, held_out((now, now))
+    chosen, least = None, whole.loss(now) / energy
     for strength in _STRENGTHS:
-        found = held_out((halves[0].fitted(now, strength), halves[1].fitted(now, strength)))
+        found = 0.0
+        for seen, unseen in (halves, halves[::-1]):
+            found += unseen.loss(seen.fitted(now, strength)) / energy
         if not found < least:
             break
         chosen, least = strength, found
