@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import fxcompress as fxc
 from benchmarks._results import RESULTS, machine_facts, read_rows, write
 from benchmarks.low_rank.common import packaged
 from fxcompress.analysis.cost import cost
+from fxcompress.backends.benchmark import benchmark
 from fxcompress.capture import capture
 from fxcompress.passes import FactorizeConv, Pass, SubstituteDepthwiseSeparable
 
@@ -92,6 +93,7 @@ def crepe(ratios: tuple[float, ...]) -> None:
         )
         faster = SubstituteDepthwiseSeparable(cost="latency", **shared)
         forms.append(("depthwise-separable, on data, where faster", ratio, faster))
+    graphs: dict[tuple[str, float], fx.GraphModule] = {}
     for name, ratio, pass_ in forms:
         made, seconds, sites = graph_module, 0.0, 0
         if pass_ is not None:
@@ -106,11 +108,12 @@ def crepe(ratios: tuple[float, ...]) -> None:
             "macs_m": (cost(made).macs or 0) / 1e6,
             "share_of_macs": (cost(made).macs or 0) / (whole.macs or 1),
             "within_25_cents": within(made, frames, cents),
-            "latency_ms": latency(made, frames[:1]),
             "seconds": seconds,
         }
-        rows[name, ratio] = row
+        rows[name, ratio], graphs[name, ratio] = row, made
         print(row, flush=True)
+    for key, median in latencies(graphs, frames[:1]).items():
+        rows[key]["latency_ms"] = median
     write(
         path,
         title="A pitch tracker with thinner convolutions",
@@ -121,22 +124,20 @@ def crepe(ratios: tuple[float, ...]) -> None:
             "factorization) at a ratio of their multiply-accumulates, no training after. 1,000 synthetic frames of "
             "known pitch between 60 and 1,000 Hz; calibrated on 96 others. `sites`: layers that were rewritten; of "
             "`where faster` (cost latency) those whose replacement took less time than they, each alone. "
-            "Latency: median of ONNX Runtime at batch 1, "
-            "one thread."
+            "Latency: median of ONNX Runtime at batch 1, one thread, all in turns."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )
 
 
-def latency(graph_module: fx.GraphModule, x: torch.Tensor, repetitions: int = 40) -> float:
-    """Median milliseconds of an engine."""
+def latencies(graphs: Mapping[Any, fx.GraphModule], x: torch.Tensor) -> dict[Any, float]:
+    """Median milliseconds of engines, called in turns."""
+    backend = fxc.backends.OnnxRuntime(threads=1)
     with tempfile.TemporaryDirectory() as folder:
-        backend = fxc.backends.OnnxRuntime(threads=1)
-        engine = fxc.compile(graph_module, [], (x.repeat(2, 1),), backend=backend, output=Path(folder) / "e").engine
-        assert engine is not None
-        times = []
-        for _ in range(repetitions):
-            start = time.perf_counter()
-            engine(x)
-            times.append((time.perf_counter() - start) * 1000)
-    return statistics.median(times)
+        engines: dict[str, Any] = {}
+        for index, graph_module in enumerate(graphs.values()):
+            output = Path(folder) / str(index)
+            compiled = fxc.compile(graph_module, [], (x.repeat(2, 1),), backend=backend, output=output, progress=False)
+            engines[str(index)] = compiled.engine
+        found = benchmark(engines, (x,), repetitions=100)
+    return {key: found[str(index)].median_ms for index, key in enumerate(graphs)}
