@@ -93,7 +93,6 @@ def race(
         BundleError: a bundle is missing or damaged. BackendError: an engine cannot run.
     """
     usual = torch.get_num_threads()
-    _check_options(specs, options or {})
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, usual)
         torch.set_num_threads(threads or usual)
@@ -102,6 +101,7 @@ def race(
             count = sum(spec == earlier for earlier in specs[: len(candidates)])
             name = f"{spec} #{count + 1}" if count else spec
             candidates.append(opened(spec, name, threads or usual, options or {}, stack))
+        _check_options(specs, options or {})
         if inputs is None:
             known = next((item.inputs for item in candidates if item.inputs is not None), None)
             if known is None:
@@ -158,6 +158,8 @@ def _engine_options(spec: str) -> set[str] | None:
 def _check_options(specs: Sequence[str], options: Mapping[str, Any]) -> None:
     known = {name for spec in specs for name in _engine_options(spec) or ()}
     for name in options:
+        if not known:
+            raise OptionError("options are of engines, and none is among these", where=name, remedy="leave them out")
         if name not in known:
             raise OptionError(f"no engine here has an option {name!r}", where=name, remedy=nearest(name, known))
 

@@ -257,6 +257,8 @@ def test_options_of_engines_that_are_benchmarked(run: Callable[..., Result], bun
     result = run("benchmark", str(bundle), "-B", "optimisation_level=basic")
     assert result.code == 2 and "no engine here has an option" in result.told
     assert "optimization_level" in result.told
+    assert "no such file" in run("benchmark", "nothing.bundle", "-B", "threads=1").told
+    assert "none is among these" in run("benchmark", "models.py:build", "-B", "threads=1").told
 
 
 def test_benchmark_of_what_does_not_fit(run: Callable[..., Result], bundle: Path) -> None:

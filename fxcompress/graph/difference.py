@@ -17,7 +17,7 @@ def difference(reference: torch.Tensor, value: torch.Tensor) -> tuple[float, flo
     count.
     """
     if reference.is_complex():
-        reference, value = torch.view_as_real(reference), torch.view_as_real(value)
+        reference, value = (torch.view_as_real(tensor.resolve_conj()) for tensor in (reference, value))
     a, b = (tensor.detach().double().cpu().flatten() for tensor in (reference, value))
     same = (a == b) | (a.isnan() & b.isnan())
     if bool((~same & ~(a.isfinite() & b.isfinite())).any()):

@@ -29,6 +29,8 @@ from fxcompress.passes.low_rank.splice import splice
 
 __all__ = ["SubstituteDepthwiseSeparable"]
 
+_UNPROVEN = 0.1  # ridge, of the mean variance: of a fit to one sample
+
 
 @dataclass(frozen=True)
 class SubstituteDepthwiseSeparable(Pass):
@@ -112,7 +114,10 @@ class SubstituteDepthwiseSeparable(Pass):
                 if context.progress is not None:
                     context.progress(done + 1, len(sites), site.path)
         if self.activation is not None and self.calibration is not None and rewrites:
-            rewrites = refit_outer(original, graph_module, rewrites, self.calibration, self.batches, context)
+            # What was there before serves other layers than these: one sample tells more.
+            rewrites = refit_outer(
+                original, graph_module, rewrites, self.calibration, self.batches, context, unproven=_UNPROVEN
+            )
         note = "The new norms and activations are there to be trained." if self.activation and rewrites else ""
         if self.calibration is not None:
             note = " ".join(filter(None, (note, too_wide(sites, folds=True))))
@@ -177,6 +182,7 @@ class SubstituteDepthwiseSeparable(Pass):
         measured = errors(kernel_of(layer).flatten(2), made.matrix(), metric)
         if self.activation is not None:
             measured["output_error"] = None  # that of the two layers alone would be another's
+            measured.pop("loss", None)
         nodes = splice(editor, site, chain, calls)
         after = macs_of(editor.graph_module, nodes)
         count, own = (sum(p.numel() for p in nn.ModuleList(layers).parameters()) for layers in ([layer], chain))
@@ -186,7 +192,7 @@ class SubstituteDepthwiseSeparable(Pass):
             "channels": [layer.in_channels, layer.out_channels],
             **costs(count, own, before, None if after is None else after * len(site.nodes)),
             **measured,
-            **({} if made.fit is None else made.fit.detail),
+            **({} if made.fit is None or self.activation is not None else made.fit.detail),
             "layers": [f"{site.path}.{index}" for index in range(len(chain))],
         }
         return Rewrite(site.path, f"depthwise and pointwise with {terms} terms", detail)

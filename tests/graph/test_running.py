@@ -59,3 +59,9 @@ def test_what_is_no_number_or_has_another_form_is_equal_or_infinitely_wrong():
     assert max_relative_error([torch.ones(2)], [torch.ones(3)])[0] == float("inf")
     assert max_relative_error([torch.ones(2)], [torch.ones(2, dtype=torch.float64)])[0] == float("inf")
     assert max_relative_error([1], [1, 2]) == (float("inf"), 1)
+
+
+def test_conjugates_that_nobody_has_computed_yet():
+    x = torch.randn(4, dtype=torch.complex64)
+    assert max_relative_error([x.conj()], [x.conj()]) == (0.0, 0)
+    assert max_relative_error([x.conj()], [x])[0] > 0.1

@@ -199,3 +199,14 @@ def test_together_with_fusion_and_pruning_and_as_an_engine(before, tmp_path):
     assert compiled.report.passes[0 if before else 2].rewrites
     engine = compiled.export("onnxruntime", tmp_path / "engine")
     torch.testing.assert_close(torch.as_tensor(engine(x)), compiled(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_sample_is_enough_to_start_a_block_from():
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.randn(1, 12, 4, 4), (16, 16), mode="bilinear")
+    model = nn.Sequential(nn.Conv2d(12, 32, 3, padding=1)).eval()
+    pass_ = SubstituteDepthwiseSeparable(ratio=0.5, norm=True, activation="relu", calibration=[x])
+    made = pass_.run(capture(model, (x,)), PassContext())
+    with torch.no_grad():
+        expected = model(x)
+        assert float((made.graph_module(x) - expected).norm() / expected.norm()) < 0.7

@@ -109,7 +109,10 @@ class SecondMoment(Statistic):
         if self.packed:
             return _Packed(given, self.rows, dim)
         first = _Products(given, self.rows, dim)
-        return _Folds(first, _Products(given, self.rows, dim)) if self.folds else first
+        if not self.folds:
+            return first
+        features = -1 - len(layer.kernel_size) if is_conv(layer) else -1  # type: ignore[union-attr, arg-type]
+        return _Folds(first, _Products(given, self.rows, dim), features)
 
     def shared_by(self, layer: nn.Module | None) -> Hashable:
         return self, geometry(layer) if self.of == "input" else None
@@ -219,7 +222,7 @@ class CrossMoment(Statistic):
 
     def start(self, layer: nn.Module | None) -> Accumulator:
         first = _CrossProducts(self.dim)
-        return _Folds(first, _CrossProducts(self.dim)) if self.folds else first
+        return _Folds(first, _CrossProducts(self.dim), self.dim) if self.folds else first
 
 
 class _CrossProducts(Accumulator):
@@ -248,14 +251,18 @@ class _CrossProducts(Accumulator):
 
 
 class _Folds(Accumulator):
-    """One half of the samples of each batch apart from the other; of batches of one sample every other batch."""
+    """One half of the samples of each batch apart from the other; of batches of one sample every other batch.
 
-    def __init__(self, first: _Products | _CrossProducts, second: _Products | _CrossProducts) -> None:
+    Samples are the indices of the first dimension, where it is not that of the features.
+    """
+
+    def __init__(self, first: _Products | _CrossProducts, second: _Products | _CrossProducts, dim: int) -> None:
+        self.dim = dim
         self.folds = (first, second)
         self.seen = [0, 0]  # samples
 
     def add(self, *tensors: torch.Tensor) -> None:
-        samples = len(tensors[0]) if tensors[0].dim() > 1 else 1
+        samples = len(tensors[0]) if self.dim % tensors[0].dim() else 1
         if samples < 2 or any(len(tensor) != samples for tensor in tensors):
             self._add(int(self.seen[0] > self.seen[1]), tensors, samples)
             return

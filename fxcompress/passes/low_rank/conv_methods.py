@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -210,6 +210,7 @@ def _tucker2(layer: Any, kernel: torch.Tensor, ranks: tuple[int, ...], metric: M
         made = truncate(whole, Metric(seen, singular=True), outer_rank) if outer_rank < min(whole.shape[1:]) else 0
         if isinstance(made, Factors):
             outer, core = made.outer, made.inner.unflatten(2, (inner_rank, size))
+            fitted = replace(fitted, held_out_error=None)  # what this truncation loses is not in it
         elif outer_rank == outputs:
             outer = torch.eye(outputs, dtype=basis.dtype, device=basis.device).expand(groups, -1, -1)
             core = whole.unflatten(2, (inner_rank, size))

@@ -43,14 +43,15 @@ class Sums:
         gap = (factor @ self.moment).sub_(self.cross, alpha=2)
         return max(self.energy + float(gap.flatten() @ factor.flatten()), 0.0)
 
-    def fitted(self, now: torch.Tensor, strength: float) -> torch.Tensor:
-        """A for λ of ``strength`` times the mean variance of z."""
+    def fitted(self, now: torch.Tensor, strength: float) -> torch.Tensor | None:
+        """A for λ of ``strength`` times the mean variance of z; None where rounding leaves no such A."""
         scale = self.moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[..., None]
         with_ridge = self.moment.clone()
         with_ridge.diagonal(dim1=-2, dim2=-1).add_(strength * scale)
         # In terms of the change of A, so that no rounding enters where nothing has to change.
         gradient = (now @ self.moment).neg_().add_(self.cross)
-        return torch.cholesky_solve(gradient.mT, torch.linalg.cholesky(with_ridge)).mT.add_(now)
+        root, failed = torch.linalg.cholesky_ex(with_ridge)
+        return None if bool(failed.any()) else torch.cholesky_solve(gradient.mT, root).mT.add_(now)
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,18 @@ class Fit:
         return {"ridge": self.strength, "held_out_error": self.held_out_error}
 
 
-def fit(whole: Sums, fold: Sums | None, now: torch.Tensor) -> Fit:
+def fit(whole: Sums, fold: Sums | None, now: torch.Tensor, unproven: float | None = None) -> Fit:
     """The factor that does best on data it has not seen.
 
     Args:
         whole: of all rows.
-        fold: of the rows of one half of the samples; None where there is one sample only, on which nothing is fitted.
+        fold: of the rows of one half of the samples; None where there is one sample only.
         now: A₀, float64.
+        unproven: strength with which one sample alone is fitted; None leaves A₀.
     """
     if fold is None:
-        return Fit(now, None, None)
+        alone = None if unproven is None else whole.fitted(now, unproven)
+        return Fit(now if alone is None else alone, None if alone is None else unproven, None)
     halves = (fold, whole - fold)
     energy = max(whole.energy, 1e-300)
 
@@ -91,9 +94,10 @@ def fit(whole: Sums, fold: Sums | None, now: torch.Tensor) -> Fit:
     for strength in _STRENGTHS:
         found = 0.0
         for seen, unseen in (halves, halves[::-1]):
-            found += unseen.loss(seen.fitted(now, strength)) / energy
+            factor = seen.fitted(now, strength)
+            found += math.inf if factor is None else unseen.loss(factor) / energy
         if not found < least:
             break
         chosen, least = strength, found
-    factor = now if chosen is None else whole.fitted(now, chosen)
-    return Fit(factor, chosen, math.sqrt(least))
+    made = None if chosen is None else whole.fitted(now, chosen)
+    return Fit(now if made is None else made, None if made is None else chosen, math.sqrt(least))

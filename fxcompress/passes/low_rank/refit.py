@@ -32,6 +32,7 @@ def refit_outer(
     context: PassContext,
     *,
     held: int = 1 << 30,
+    unproven: float | None = None,
 ) -> list[Rewrite]:
     """Fit the last layer of each rewritten site, in graph order, each after those before it.
 
@@ -45,6 +46,8 @@ def refit_outer(
         batches: most to read.
         context: for the progress.
         held: bytes of moments that may be held at once.
+        unproven: strength of a fit to one sample, which nothing can be held against: see
+            :func:`~fxcompress.passes.low_rank.least_squares.fit`.
 
     Raises:
         OptionError: the data can be read only once.
@@ -61,7 +64,7 @@ def refit_outer(
         pairs: dict[int, list[tuple[str, CrossMoment]]] = {}
         for index in together:
             last, layers = _last(graph_module, rewrites[index])
-            dim = -1 if last.weight.dim() == 2 else 1
+            dim = 1 - last.weight.dim()  # of features: before those of positions
             pairs[index] = [
                 (call.name, CrossMoment(with_=_source(layer).name, dim=dim, folds=True))
                 for call, layer in zip(calls_of(original, rewrites[index].site), layers, strict=True)
@@ -82,7 +85,7 @@ def refit_outer(
                 found: list[CrossMoments] = [read[pair] for pair in pairs[index]]
                 rewrite = rewrites[index]
                 last = _last(graph_module, rewrite)[0]
-                weight, measured = _refitted(last, sum(found[1:], found[0]))
+                weight, measured = _refitted(last, sum(found[1:], found[0]), unproven)
                 editor.set_tensor(f"{rewrite.detail['layers'][-1]}.weight", weight)
                 measured["weight_error"] = _weight_error(original, graph_module, rewrite)
                 kept = {key: value for key, value in rewrite.detail.items() if key != "tail"}
@@ -144,11 +147,11 @@ def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node
         yield together
 
 
-def _refitted(last: Any, sums: CrossMoments) -> tuple[torch.Tensor, dict[str, Any]]:
+def _refitted(last: Any, sums: CrossMoments, unproven: float | None) -> tuple[torch.Tensor, dict[str, Any]]:
     """The weight of ``last`` with which it comes closest to the original output, and what it then loses."""
     whole = _without_bias(last, sums)
     fold = None if sums.fold is None else _without_bias(last, sums.fold)
-    fitted = fit(whole, fold, last.weight.detach().double().flatten(1))
+    fitted = fit(whole, fold, last.weight.detach().double().flatten(1), unproven)
     weight = fitted.factor.to(last.weight.dtype)
     loss = whole.loss(weight.double())
     error = math.sqrt(loss / whole.energy) if whole.energy > 0 else 0.0

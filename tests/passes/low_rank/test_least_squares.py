@@ -84,4 +84,42 @@ def test_a_few_samples_do_not_blow_up_a_deep_network(make):
     assert moved[1] < 1.0 and moved[1] < 1.2 * moved[0]
     details = [rewrite.detail for rewrite in made.rewrites]
     assert len(details) >= 12
-    assert all(detail["held_out_error"] > detail["output_error"] for detail in details if detail["ridge"] is not None)
+    told = [detail for detail in details if detail["held_out_error"] is not None and detail["ridge"] is not None]
+    assert all(detail["held_out_error"] > detail["output_error"] for detail in told)
+
+
+def test_a_half_that_is_almost_nothing_is_not_fitted_by_force():
+    """The other half is what is left after subtraction: rounding of the large one may leave no positive matrix."""
+    torch.manual_seed(0)
+    z = torch.randn(400, 12, dtype=torch.float64) @ torch.diag(torch.logspace(0, -7, 12, dtype=torch.float64))
+    z[200:] *= 1e-7
+    y = z @ torch.randn(12, 6, dtype=torch.float64)
+    made = fit(sums(y, z), sums(y[:200], z[:200]), torch.zeros(6, 12, dtype=torch.float64))
+    assert bool(made.factor.isfinite().all())
+
+
+def test_one_sample_is_fitted_with_a_given_strength():
+    _, now, z, y = case(50, noise=0.1)
+    made = fit(sums(y, z), None, now, unproven=0.1)
+    assert (made.strength, made.held_out_error) == (0.1, None)
+    assert sums(y, z).loss(made.factor) < sums(y, z).loss(now)
+
+
+@pytest.mark.parametrize("method", ["spatial", "tucker2", "cp"])
+def test_inputs_without_a_batch_dimension(method):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 12, 12) for _ in range(6)]
+    for pass_ in (
+        FactorizeConv(method=method, ratio=0.5, calibration=data),
+        SubstituteDepthwiseSeparable(calibration=data),
+    ):
+        model = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1)).eval()
+        made = pass_.run(capture(model, (data[0],), dynamic_shapes=None), PassContext())
+        with torch.no_grad():
+            bias = model[0].bias[:, None, None]
+            lost = sum(float((made.graph_module(x) - model(x)).square().sum()) for x in data)
+            whole = sum(float((model(x) - bias).square().sum()) for x in data)
+        detail = made.rewrites[0].detail
+        assert detail["output_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
+        if method == "tucker2" and detail.get("method") == "tucker2":
+            assert detail["held_out_error"] is None
