@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +19,7 @@ from fxcompress.passes.low_rank.kernels import kernel_of, refuse_conv
 from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.options import check_common, check_latency, patterns
+from fxcompress.passes.low_rank.ranks import first_that
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site, find_sites
 from fxcompress.passes.low_rank.splice import splice
 from fxcompress.passes.low_rank.tucker import vbmf_rank
@@ -173,12 +174,14 @@ class FactorizeConv(Pass):
                 ranks = ranks_at(method, shape, step, self.round_to)
                 return self._error(site, decompose(method, site.layer, kernel, ranks, metric), metric) <= bound
 
-            found = _first(last, enough)
+            found = first_that(last, enough)
             return None if found is None else ranks_at(method, shape, found, self.round_to)
         budget = (self.ratio or 0.5) * shape.dense
         if isinstance(self.rank, int):
             budget = float(price("channel", shape, ranks_at("channel", shape, self.rank, self.round_to)))
-        above = _first(last, lambda step: price(method, shape, ranks_at(method, shape, step, self.round_to)) > budget)
+        above = first_that(
+            last, lambda step: price(method, shape, ranks_at(method, shape, step, self.round_to)) > budget
+        )
         return ranks_at(method, shape, max(1, last if above is None else above - 1), self.round_to)
 
     def _by_noise(self, method: str, kernel: Any, shape: Shape) -> tuple[int, ...]:
@@ -222,12 +225,3 @@ def _shape(graph_module: fx.GraphModule, site: Site, cost: str) -> Shape:
         values = (node.args[0].meta["val"], node.meta["val"])  # type: ignore[union-attr]
         before, after = (sizes.of(value)[-len(kernel) :] for value in values)
     return Shape(groups, outputs, inputs, tuple(kernel), before, after, type(site.layer) in TRANSPOSED)
-
-
-def _first(last: int, holds: Callable[[int], bool]) -> int | None:
-    """The first of 1 … ``last`` for which ``holds``, which stays true from there on; None if it never does."""
-    low, high = 1, last + 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low if low <= last else None

@@ -21,7 +21,7 @@ from fxcompress.passes.low_rank.kernels import kernel_of, pointwise, refuse_conv
 from fxcompress.passes.low_rank.latency import slower
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.options import check_common, check_latency, patterns
-from fxcompress.passes.low_rank.ranks import Goal, Price
+from fxcompress.passes.low_rank.ranks import Goal, Price, first_that
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.separable_block import ACTIVATIONS, block_norm, depthwise
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site, find_sites
@@ -136,14 +136,14 @@ class SubstituteDepthwiseSeparable(Pass):
             total = channel_energies(kernel).sum(0, keepdim=True)  # errors of channels add up
             terms = Goal(error=self.error).of_spectrum(total)
         else:
-            low, terms = 1, price.full  # exact with all
-            while low < terms:
-                middle = (low + terms) // 2
-                tried = decouple(kernel, middle, metric, moments)
-                if errors(kernel.flatten(2), tried.matrix(), metric)["output_error"] <= self.error:
-                    terms, made = middle, tried
-                else:
-                    low = middle + 1
+            bound, tried = self.error, {}
+
+            def enough(terms: int) -> bool:
+                tried[terms] = decouple(kernel, terms, metric, moments)
+                return bool(errors(kernel.flatten(2), tried[terms].matrix(), metric)["output_error"] <= bound)
+
+            terms = first_that(price.full - 1, enough) or price.full  # exact with all
+            made = tried.get(terms)
         if not self.force and not price.pays(terms):
             what = "weights" if self.cost == "parameters" else "multiply-accumulates"
             told = f"With {terms} terms it takes {terms * price.unit} {what}, as it is {price.dense}."

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Goal", "Price", "share_budget"]
+__all__ = ["Goal", "Price", "first_that", "share_budget"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,15 @@ class Goal:
     def rounded(self, rank: int) -> int:
         """Down to a multiple, but not to nothing."""
         return max(self.round_to, rank // self.round_to * self.round_to, 1)
+
+
+def first_that(last: int, holds: Callable[[int], bool]) -> int | None:
+    """The first of 1 … ``last`` for which ``holds``, which stays true from there on; None if it never does."""
+    low, high = 1, last + 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low if low <= last else None
 
 
 def share_budget(
