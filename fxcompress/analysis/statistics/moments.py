@@ -200,11 +200,6 @@ class CrossMoments:
     energy: float
     fold: CrossMoments | None = None
 
-    def __add__(self, other: CrossMoments) -> CrossMoments:
-        fold = None if self.fold is None or other.fold is None else self.fold + other.fold
-        sums = (self.sum + other.sum, self.energy + other.energy)
-        return CrossMoments(self.cross + other.cross, self.moments + other.moments, *sums, fold)
-
 
 @dataclass(frozen=True)
 class CrossMoment(Statistic):
@@ -239,8 +234,9 @@ class _CrossProducts(Accumulator):
         step = max(1, _CHUNK // max(1, left.shape[1], right.shape[1]))
         for first, second in zip(left.split(step), right.split(step), strict=True):
             wide = first.double()
-            found = wide.T @ second.double()
-            self.cross = found if self.cross is None else self.cross.add_(found)
+            if self.cross is None:
+                self.cross = wide.new_zeros(wide.shape[1], second.shape[1])
+            self.cross.addmm_(wide.T, second.double())
             self.sum = self.sum + wide.sum(0)
             self.energy += float(wide.square().sum())
 

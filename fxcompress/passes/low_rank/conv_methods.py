@@ -267,7 +267,8 @@ def _fitted(
 
     assert metric.moment is not None
     whole = sums(metric.moment)
-    return fit(whole, None if metric.fold is None else sums(metric.fold), now.double()), whole.moment
+    whole.fold = None if metric.fold is None else sums(metric.fold)
+    return fit(whole, now.double()), whole.moment
 
 
 def _split(shape: Shape) -> int:

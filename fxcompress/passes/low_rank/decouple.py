@@ -66,8 +66,9 @@ def decouple(kernel: torch.Tensor, terms: int, metric: Metric, moments: Moments 
     pointwise = made.outer.reshape(groups, inputs, outputs, terms).permute(0, 2, 1, 3).flatten(2)
     if metric.moment is None:
         return Decoupled(depthwise, pointwise)
-    fold = None if metric.fold is None else _sums(kernel, depthwise, metric.fold)
-    fitted = fit(_sums(kernel, depthwise, metric.moment), fold, pointwise.double())
+    sums = _sums(kernel, depthwise, metric.moment)
+    sums.fold = None if metric.fold is None else _sums(kernel, depthwise, metric.fold)
+    fitted = fit(sums, pointwise.double())
     return Decoupled(depthwise, fitted.factor.to(kernel.dtype), fitted)
 
 

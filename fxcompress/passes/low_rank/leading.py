@@ -149,6 +149,7 @@ def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, 
         for given, made in _panels(now, before):
             image = product(given).add_(given, alpha=-half)
             made.mul_(-scale * after).add_(image, alpha=2 * after / half)
+            del image  # before the next one is made
         before, now, scale = now, before, after
     return now
 

@@ -23,7 +23,7 @@ from fxcompress.passes.low_rank.in_place import basis_of
 
 __all__ = ["Metric", "data_metric", "diagonal_metric", "output_metric", "plain_metric"]
 
-_COLUMNS = 128  # of a basis that are multiplied at once
+_COLUMNS = 32  # of a basis that are multiplied at once, at least
 _PIECES = 8  # in which a matrix is overwritten by a product with it
 _JITTER = 1e-8  # of the mean variance; grows tenfold until the Cholesky factor exists
 
@@ -139,7 +139,8 @@ class Metric:
         """
         assert self.of_outputs is not None
         basis = basis_of(outer[0])
-        kept = sum(float((self.of_outputs.times(part) * part).sum()) for part in basis.split(_COLUMNS, 1))
+        columns = max(_COLUMNS, len(basis) // _PIECES // 2)
+        kept = sum(float((self.of_outputs.times(part).mul_(part)).sum()) for part in basis.split(columns, 1))
         energy = self.of_outputs.trace
         return energy - kept, energy
 

@@ -82,10 +82,11 @@ def refit_outer(
         )
         with GraphEditor(graph_module) as editor:
             for index in together:
-                found: list[CrossMoments] = [read[pair] for pair in pairs[index]]
                 rewrite = rewrites[index]
                 last = _last(graph_module, rewrite)[0]
-                weight, measured = _refitted(last, sum(found[1:], found[0]), unproven)
+                sums = _of_all([_without_bias(last, read.pop(pair)) for pair in pairs[index]])
+                weight, measured = _refitted(last, sums, unproven)
+                del sums  # before the next ones are made
                 editor.set_tensor(f"{rewrite.detail['layers'][-1]}.weight", weight)
                 measured["weight_error"] = _weight_error(original, graph_module, rewrite)
                 kept = {key: value for key, value in rewrite.detail.items() if key != "tail"}
@@ -147,24 +148,31 @@ def _independent(graph_module: fx.GraphModule, sites: dict[int, Sequence[fx.Node
         yield together
 
 
-def _refitted(last: Any, sums: CrossMoments, unproven: float | None) -> tuple[torch.Tensor, dict[str, Any]]:
+def _refitted(last: Any, sums: Sums, unproven: float | None) -> tuple[torch.Tensor, dict[str, Any]]:
     """The weight of ``last`` with which it comes closest to the original output, and what it then loses."""
-    whole = _without_bias(last, sums)
-    fold = None if sums.fold is None else _without_bias(last, sums.fold)
-    fitted = fit(whole, fold, last.weight.detach().double().flatten(1), unproven)
-    weight = fitted.factor.to(last.weight.dtype)
-    loss = whole.loss(weight.double())
-    error = math.sqrt(loss / whole.energy) if whole.energy > 0 else 0.0
-    return weight.reshape(last.weight.shape), {"loss": loss, "output_error": error, **fitted.detail}
+    fitted = fit(sums, last.weight.detach().flatten(1), unproven)
+    loss = sums.loss(fitted.factor)
+    error = math.sqrt(loss / sums.energy) if sums.energy > 0 else 0.0
+    return fitted.factor.reshape(last.weight.shape), {"loss": loss, "output_error": error, **fitted.detail}
 
 
-def _without_bias(last: Any, sums: CrossMoments) -> Sums:
-    cross, energy = sums.cross, sums.energy
+def _without_bias(last: Any, moments: CrossMoments) -> Sums:
+    """Of the output less the bias; written over the moments."""
+    energy = moments.energy
     if last.bias is not None:
         bias = last.bias.detach().double()
-        cross = cross - bias[:, None] * sums.moments.sum
-        energy += float(sums.moments.count * bias.square().sum() - 2 * bias @ sums.sum)
-    return Sums(cross, sums.moments.total[0], energy)
+        moments.cross.addr_(bias, moments.moments.sum[0], alpha=-1)
+        energy += float(moments.moments.count * bias.square().sum() - 2 * bias @ moments.sum)
+    fold = None if moments.fold is None else _without_bias(last, moments.fold)
+    return Sums(moments.cross, moments.moments.total[0], energy, fold)
+
+
+def _of_all(calls: list[Sums]) -> Sums:
+    """Of all calls of a layer, in the place of the first."""
+    first = calls[0]
+    for other in calls[1:]:
+        first += other
+    return first
 
 
 def _weight_error(original: fx.GraphModule, graph_module: fx.GraphModule, rewrite: Rewrite) -> float | None:
