@@ -20,7 +20,7 @@ from fxcompress.passes.low_rank.truncate import product
 
 __all__ = ["costs", "errors", "lost_mean", "macs_of"]
 
-_PIECE = 1 << 16  # elements of a weight that are compared at once,
+_PIECE = 1 << 15  # elements of a weight that are compared at once,
 _ROWS = 32  # and rows at least
 
 
@@ -75,6 +75,7 @@ def errors(
         plain, norm = plain + _energy(difference), norm + (_energy(given) if unknown else 0.0)
         if moment is not None:
             loss, energy = loss + _lost(difference, moment), energy + _lost(given, moment)
+        del given, made, difference  # before what follows is made
     if metric.of_outputs is not None:
         loss, energy = metric.lost(outer)
     found: dict[str, Any] = {"weight_error": _relative(plain, norm), "output_error": None}

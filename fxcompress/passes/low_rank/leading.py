@@ -22,7 +22,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
 _CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
-_PANELS = 6  # in which a block is multiplied, so that what is made on the way is small
+_PANELS = 8  # in which a block is multiplied, so that what is made on the way is small
 _WIDE = 64  # columns of a panel at least: fewer are slower
 _STEPS = 32  # of the Lanczos run
 _BEYOND = 16  # share of the full rank, at most, that a block has beyond the columns wanted
@@ -136,22 +136,21 @@ def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:
 def _filtered(product: Product, block: torch.Tensor, floor: float, degree: int, top: float) -> torch.Tensor:
     """The Chebyshev polynomial of [0, floor], scaled to about one at ``top``, of the matrix times ``block``.
 
-    Writes into the block: no more than two blocks live at once.
+    In the place of the block, a few columns after the others: no second block is made.
     """
     half = floor / 2
-    scale = half / (top - half)
-    first = scale
-    before, now = block, torch.empty_like(block)
-    for given, made in _panels(before, now):
-        made.copy_(product(given).add_(given, alpha=-half).mul_(first / half))
-    for _ in range(degree - 1):
-        after = 1 / (2 / first - scale)
-        for given, made in _panels(now, before):
-            image = product(given).add_(given, alpha=-half)
-            made.mul_(-scale * after).add_(image, alpha=2 * after / half)
+    first = half / (top - half)
+    for (given,) in _panels(block):
+        before, now, scale = given, product(given).add_(given, alpha=-half).mul_(first / half), first
+        for _ in range(degree - 1):
+            after = 1 / (2 / first - scale)
+            image = product(now).add_(now, alpha=-half)
+            before.mul_(-scale * after).add_(image, alpha=2 * after / half)
             del image  # before the next one is made
-        before, now, scale = now, before, after
-    return now
+            before, now, scale = now, before, after
+        given.copy_(now)
+        del before, now
+    return block
 
 
 def _projected(product: Product, block: torch.Tensor) -> torch.Tensor:
@@ -172,7 +171,7 @@ def _residual(product: Product, block: torch.Tensor, values: torch.Tensor) -> to
     """Squared norms of ``matrix · block − block · values``, float64."""
     found = torch.empty_like(values)
     for given, scale, made in _panels(block, values.to(block.dtype), found):
-        made.copy_((product(given) - given * scale).square().sum(0))
+        made.copy_(product(given).addcmul_(given, scale, value=-1).square_().sum(0))
     return found
 
 

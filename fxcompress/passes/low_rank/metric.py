@@ -125,11 +125,31 @@ class Metric:
                 found[:, other : other + step, start : start + step] = part.mT
         return found
 
-    def product(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Of ``(weight · S)(weight · S)ᵀ`` and a float64 block, without that matrix; None where it has to be made."""
-        if self.of_outputs is None or self.plain or self.scale is not None or self.singular:
+    def product(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Of ``(weight · S)(weight · S)ᵀ`` and a float64 block, without that matrix; None where it has to be made.
+
+        Args:
+            weight: ``[rows, d]``, any floating dtype.
+        """
+        outputs = self.of_outputs
+        if outputs is None or self.plain or self.scale is not None:
             return None
-        return self.of_outputs.times
+        if not self.singular:
+            return outputs.times
+        pieces = weight.split(max(_COLUMNS, len(weight) // _PIECES // 2))
+        norm = sum(float(piece.double().square().sum()) for piece in pieces)
+        level = _JITTER * outputs.trace / max(norm, 1e-300)
+
+        def times(block: torch.Tensor) -> torch.Tensor:
+            found = outputs.times(block)
+            read = block.new_zeros(weight.shape[1], block.shape[1])
+            for piece, part in zip(pieces, block.split(len(pieces[0])), strict=True):
+                read.addmm_(piece.double().T, part)
+            for piece, part in zip(pieces, found.split(len(pieces[0])), strict=True):
+                part.addmm_(piece.double(), read, alpha=level)
+            return found
+
+        return times
 
     def lost(self, outer: torch.Tensor) -> tuple[float, float]:
         """Loss on the data, and energy of the outputs: of what is left of a weight projected on the span of ``outer``.

@@ -26,8 +26,9 @@ from fxcompress.passes.low_rank.products import Packed, square
 
 __all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
 
-_CHUNK = 1 << 16  # elements of a weight that are taken into float64 at once: little beside a layer,
+_CHUNK = 1 << 15  # elements of a weight that are taken into float64 at once: little beside a layer,
 _ROWS = 64  # and rows at least: enough for a product
+_PANELS = 4  # in which components are made in the precision of eigenvectors
 _LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
 _HALF = 2  # times the rank: few enough for a block to be smaller than all
@@ -170,10 +171,10 @@ class _Gram:
 
     def make(self, dtype: torch.dtype) -> None:
         self.dtype, self.packed = dtype, None
-        self.unmade = self.metric.product()
+        self.unmade = self.metric.product(self.weight[0])
         if self.unmade is not None:
             assert self.metric.of_outputs is not None
-            self.size = self.metric.of_outputs.trace
+            self.size = self.metric.of_outputs.trace * (1 + self.metric.jitter)
             return
         matrix = gram(self.weight, self.metric, dtype)[0][0]
         self.size = float(matrix.diagonal().double().sum())
@@ -213,9 +214,15 @@ def _factors(
         basis = orthonormal(product(weight, seen, by_columns=True))
         del seen
     del vectors
-    inner = product(weight.mT, basis).mT  # [groups, rank, d]
-    half = _half(torch.linalg.vector_norm(inner, dim=-1))
-    inner = weight.new_empty(inner.shape).copy_(inner.div_(half[..., None]))
+    rank = basis.shape[-1]
+    inner, half = weight.new_empty(len(weight), rank, weight.shape[-1]), basis.new_empty(len(weight), rank)
+    step = max(_ROWS, -(-rank // _PANELS))
+    for start in range(0, rank, step):
+        some = slice(start, start + step)
+        part = product(weight.mT, basis[..., some]).mT  # [groups, components, d]
+        half[:, some] = _half(torch.linalg.vector_norm(part, dim=-1))
+        inner[:, some] = part.div_(half[:, some, None])
+        del part  # before the next ones are made
     outer = weight.new_empty(basis.shape).copy_(basis.mul_(half[:, None, :]))
     return Factors(outer, inner, energy, total, randomized)
 
