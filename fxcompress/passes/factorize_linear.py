@@ -30,11 +30,10 @@ from fxcompress.passes.low_rank.options import check_common, check_latency, goal
 from fxcompress.passes.low_rank.ranks import share_budget
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.sites import Site
-from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
+from fxcompress.passes.low_rank.spectra import crowded, spectra
+from fxcompress.passes.low_rank.truncate import Factors, truncate
 
 __all__ = ["FactorizeLinear"]
-
-_SLACK = 1 << 20  # bytes beyond the peak that are not worth a slower way
 
 Group = tuple[Site, ...]
 """A layer, or several whose weights are one tied matrix."""
@@ -148,17 +147,16 @@ class FactorizeLinear(Pass):
 
     def _factors(self, original: fx.GraphModule, groups: Sequence[Group], context: PassContext) -> Any:
         """Each site with its metric and its factors, or the reason why it has none; one at a time if it can be."""
-        goal = goal_of(self)
-        unread = self.method == "svd" and not (self.correct_bias or self.refit)
-
+        goal, room = goal_of(self), PEAK * largest_layer(original)
+        data = None if self.method == "svd" and not (self.correct_bias or self.refit) else self.calibration
         sites = [group[0] for group in groups]
-        held = self._held(original, sites)
+        ranks: list[Any] = [goal.of_spectrum if goal.needs_spectrum else goal.fixed(price_of(s.layer)) for s in sites]
 
-        def read() -> Any:
+        def read(held: int | list[int]) -> Any:
             return site_metrics(
                 original,
                 sites,
-                None if unread else self.calibration,
+                data,
                 context,
                 batches=self.batches,
                 centred=[self._centred(site) for site in sites],
@@ -167,22 +165,22 @@ class FactorizeLinear(Pass):
                 linear=True,
             )
 
-        shared: dict[str, int | None] | None = None
-        metrics = read()
-        if self.scope == "global":
+        held = self._held(sites, ranks, room)
+        metrics = read(held)
+        if self.scope == "global" or (
+            goal.needs_spectrum and any(crowded(matrix_of(site.layer), room, data is not None) for site in sites)
+        ):
             # Once for the spectra, once for the factors; both from the same moments where they can all be held.
-            if isinstance(self.calibration, Iterator) or fits(sites, held, linear=True):
-                metrics = list(metrics)
-            shared = self._shared_out(metrics)
-            metrics = metrics if isinstance(metrics, list) else read()
-        done, room = 0, PEAK * largest_layer(original) + _SLACK
+            once = isinstance(data, Iterator) or fits(sites, held, linear=True)
+            metrics = list(metrics) if once else metrics
+            found = spectra(metrics, lambda site: matrix_of(site.layer), room, self._root, spend=not once)
+            ranks = self._ranks(sites, [found[site] for site in sites])
+            metrics = metrics if once else read(self._held(sites, ranks, room))
+        done = 0
         for site, metric, moments in metrics:
-            rank: Any = goal.of_spectrum
-            if not goal.needs_spectrum:
-                rank = goal.fixed(price_of(site.layer)) if shared is None else shared[site.path]
-            yield site, metric, moments, self._factored(site, metric, rank, context, room)
+            yield site, metric, moments, self._factored(site, metric, ranks[done], context, room)
             del metric, moments
-            done += 1  # noqa: SIM113 - enumerate would hold the last metric while the next is made
+            done += 1  # noqa: SIM113 - enumerate and zip would hold the last metric while the next is made
             if context.progress is not None:
                 context.progress(done, len(groups), site.path)
 
@@ -191,36 +189,31 @@ class FactorizeLinear(Pass):
             return Skip(site.path, "kept_whole", "Within the budget for all layers this one is worth its whole size.")
         if isinstance(rank, int) and (reason := self._refused(site, rank)) is not None:
             return reason
-        made = truncate(
-            matrix_of(site.layer),
-            self._root(metric),
-            rank,
-            randomized=self.randomized,
-            seed=context.seed,
-            room=room,
-        )
+        goal, root, weight = goal_of(self), self._root(metric), matrix_of(site.layer)
+        made = truncate(weight, root, rank, randomized=self.randomized, seed=context.seed, room=room)
+        while goal.needs_spectrum and isinstance(made, Factors) and not goal.kept(made.tail, float(made.total.sum())):
+            # The rank came from a spectrum in float32, by which a bound may be missed.
+            more = goal.rounded(made.rank + goal.round_to)
+            made = truncate(weight, root, more, randomized=self.randomized, seed=context.seed, room=room)
         reason = self._refused(site, made if isinstance(made, int) else made.rank)
         assert reason is not None or isinstance(made, Factors)
         return reason or made  # type: ignore[return-value]
 
-    def _shared_out(self, metrics: Any) -> dict[str, int | None]:
-        """Ranks that share out the ratio, from the spectra alone."""
-        spectra = {site: spectrum(matrix_of(site.layer), self._root(metric)) for site, metric, _ in metrics}
-        prices = [price_of(site.layer) for site in spectra]
-        ranks = share_budget(list(spectra.values()), prices, self.ratio or 0.5, self.round_to)
-        return {site.path: rank for site, rank in zip(spectra, ranks, strict=True)}
+    def _ranks(self, sites: Sequence[Site], spectra: Sequence[torch.Tensor]) -> list[int | None]:
+        """Of all sites, from their spectra; None for one that stays as it is."""
+        if self.scope == "local":
+            return [goal_of(self).of_spectrum(energy) for energy in spectra]
+        return share_budget(spectra, [price_of(site.layer) for site in sites], self.ratio or 0.5, self.round_to)
 
     def _root(self, metric: Metric) -> Metric:
         return replace(metric, weighs=False) if self.method == "svd" else metric
 
-    def _held(self, original: fx.GraphModule, sites: Sequence[Site]) -> int | list[int]:
+    def _held(self, sites: Sequence[Site], ranks: Sequence[Any], room: int) -> int | list[int]:
         """Bytes of second moments that may be held while each site is factored."""
         if self.moments_mib is not None:
             return self.moments_mib << 20
-        goal, peak = goal_of(self), PEAK * largest_layer(original)
-        known = self.scope == "local" and not goal.needs_spectrum
-        ranks = [goal.fixed(price_of(site.layer)) if known else None for site in sites]
-        return [max(LEAST, peak - working(site.layer, rank)) for site, rank in zip(sites, ranks, strict=True)]
+        known = [rank if isinstance(rank, int) else None for rank in ranks]
+        return [max(LEAST, room - working(site.layer, rank)) for site, rank in zip(sites, known, strict=True)]
 
     def _centred(self, site: Site) -> bool:
         return self.correct_bias and getattr(site.layer, "bias", None) is not None

@@ -21,7 +21,7 @@ class Triangle:
         bands: each with the columns up to its last row.
     """
 
-    bands: tuple[torch.Tensor, ...]
+    bands: list[torch.Tensor]
 
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> Triangle:
@@ -29,7 +29,7 @@ class Triangle:
         count = 1 if size < _SMALL else _BANDS
         ends = [band * size // count for band in range(count + 1)]
         bands = [(stop - start, stop) for start, stop in pairwise(ends)]
-        return cls(tuple(torch.zeros(shape, dtype=torch.float64, device=device) for shape in bands))
+        return cls([torch.zeros(shape, dtype=torch.float64, device=device) for shape in bands])
 
     @property
     def size(self) -> int:
@@ -59,12 +59,23 @@ class Triangle:
 
     def copy(self) -> Triangle:
         """One that may be written into."""
-        return Triangle(tuple(band.clone() for band in self.bands))
+        return Triangle([band.clone() for band in self.bands])
 
-    def full(self) -> torch.Tensor:
+    @property
+    def nbytes(self) -> int:
+        """Of all bands."""
+        return sum(band.nbytes for band in self.bands)
+
+    def full(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """The whole matrix, new."""
-        found = self.bands[0].new_empty(self.size, self.size)
-        for band, stop in self._ends():
+        return Triangle(list(self.bands)).spent(dtype)
+
+    def spent(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The whole matrix, for which each band is let go as soon as it was copied; nothing is left of this one."""
+        found = self.bands[0].new_empty(self.size, self.size, dtype=dtype)
+        while self.bands:
+            band = self.bands.pop()
+            stop = band.shape[1]
             start = stop - len(band)
             found[start:stop, :stop] = band
             found[:start, start:stop] = band[:, :start].T

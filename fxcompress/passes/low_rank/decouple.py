@@ -17,7 +17,8 @@ import torch
 from fxcompress.analysis.statistics import Moments
 from fxcompress.passes.low_rank.least_squares import Fit, Sums, fit
 from fxcompress.passes.low_rank.metric import Metric, data_metric, plain_metric
-from fxcompress.passes.low_rank.truncate import Factors, spectrum, truncate
+from fxcompress.passes.low_rank.spectra import spectrum
+from fxcompress.passes.low_rank.truncate import Factors, truncate
 
 __all__ = ["Decoupled", "channel_energies", "decouple"]
 

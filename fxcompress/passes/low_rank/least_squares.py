@@ -151,7 +151,7 @@ def _strength(whole: Sums, fold: Sums, now: torch.Tensor) -> tuple[float | None,
 
 
 def _spans(factor: torch.Tensor) -> Iterator[slice]:
-    rows, width = factor.shape[-2:]
-    step = max(_ROWS, _PIECE // max(1, factor.numel() // max(1, rows)))
+    rows = factor.shape[-2]
+    step = max(_ROWS, _PIECE * rows // max(1, factor.numel()))
     for start in range(0, rows, step):
         yield slice(start, start + step)

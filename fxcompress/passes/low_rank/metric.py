@@ -66,6 +66,12 @@ class Metric:
         return self.of_inputs is not None or self.of_outputs is not None
 
     @property
+    def held(self) -> int:
+        """Bytes of its moments."""
+        moments = [self.of_inputs, self.of_outputs, self.fold]
+        return sum(moment.nbytes for moment in moments if moment is not None)
+
+    @property
     def jitter(self) -> float:
         """What was added to the diagonal of the moment, relative to its mean; 0 if nothing was."""
         if self.plain or self.scale is not None:
@@ -86,41 +92,39 @@ class Metric:
             columns.copy_(root.mT @ columns)
         return gram
 
-    def scaled(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight · S`` of a diagonal S for a float64 weight ``[groups, rows, d]``; without one the weight."""
-        return weight if self.scale is None else weight * self.scale[:, None, :]
-
     def unscaled(self, vectors: torch.Tensor) -> torch.Tensor:
         """``S · vectors`` for ``[groups, d, n]``."""
         if self.plain:
             return vectors
         return self.scale[..., None] * vectors if self.scale is not None else self._root() @ vectors
 
-    def by_rows(self, weight: torch.Tensor, step: int) -> torch.Tensor:
-        """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]``, float64: needs no root of a moment.
+    def by_rows(
+        self, weight: torch.Tensor, step: int, dtype: torch.dtype = torch.float64, spend: bool = False
+    ) -> torch.Tensor:
+        """``(weight · S)(weight · S)ᵀ`` of ``[groups, rows, d]`` for the root S of a moment, which is not made.
 
         Args:
             weight: any floating dtype.
             step: rows that are taken into float64 at once.
+            dtype: of the result.
+            spend: whether the moment may be let go.
         """
         rows = weight.shape[-2]
-        if self.of_outputs is not None and self.scale is None:
-            if not self.singular:
-                return self.of_outputs.full()[None]
+        if self.of_outputs is not None:
+            if not self.singular or dtype != torch.float64:
+                return self.of_outputs.spent(dtype)[None] if spend else self.of_outputs.full(dtype)[None]
             plain = Metric().by_rows(weight, step)
             plain.mul_(_JITTER * self.of_outputs.trace / _trace(plain).clamp_min(1e-300))
             return plain.add_(self.of_outputs.full())
-        found = weight.new_empty(len(weight), rows, rows, dtype=torch.float64)
-        moment = None if self.plain or self.scale is not None else self.moment
+        found = weight.new_empty(len(weight), rows, rows, dtype=dtype)
+        moment = None if self.plain else self.moment
         jitter = _JITTER * _level(moment) if moment is not None and self.singular else None
         for start in range(0, rows, step):
             left = weight[:, start : start + step].double()
-            if moment is None:
-                left = self.scaled(left)
-            else:
+            if moment is not None:
                 left = left @ moment if jitter is None else (left @ moment).add_(left * jitter)
             for other in range(0, start + 1, step):  # the lower half: it is symmetric
-                part = left @ self.scaled(weight[:, other : other + step].double()).mT
+                part = left @ weight[:, other : other + step].double().mT
                 found[:, start : start + step, other : other + step] = part
                 found[:, other : other + step, start : start + step] = part.mT
         return found
@@ -216,19 +220,25 @@ def output_metric(moments: PackedMoments, width: int, *, centred: bool = False) 
     """The same loss, by the moments of what the layer produces without its bias.
 
     Args:
-        moments: of the outputs, without the bias.
+        moments: of the outputs, without the bias; with ``centred`` written over, but for their mean.
         width: of the layer's rows.
         centred: as for :func:`data_metric`.
     """
-    return Metric(of_outputs=_of(moments, centred), singular=moments.count <= width, rows=moments.count)
+    if centred:
+        _centre(moments.half, moments)
+    return Metric(of_outputs=moments.half, singular=moments.count <= width, rows=moments.count)
 
 
 def _of(moments: PackedMoments, centred: bool) -> Triangle:
     if not centred:
         return moments.half
-    half = moments.half.copy()
-    half.subtract(moments.sum[0], moments.mean[0] / 2)
+    half = moments.half.copy()  # others may read the same
+    _centre(half, moments)
     return half
+
+
+def _centre(half: Triangle, moments: PackedMoments) -> None:
+    half.subtract(moments.sum[0], moments.mean[0] / 2)
 
 
 def diagonal_metric(metric: Metric, mean_abs: torch.Tensor, alpha: float) -> Metric:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+_ROUNDING = 1e-6  # of a bound
+
 __all__ = ["Goal", "Price", "first_that", "share_budget"]
 
 
@@ -72,10 +74,18 @@ class Goal:
             energy: ``[groups, n]``, falling.
         """
         total = energy.sum(-1, keepdim=True)
-        lost = (1 - self.energy) if self.energy is not None else float(self.error or 0.0) ** 2
         tail = energy.flip(-1).cumsum(-1).flip(-1)  # [i] is what is lost when i components are kept
-        rank = int((tail > lost * total * (1 + 1e-12)).sum(-1).max())
+        rank = int((tail > self.lost * total * (1 + 1e-12)).sum(-1).max())
         return max(1, self.round_to * math.ceil(max(1, rank) / self.round_to))
+
+    def kept(self, tail: float, total: float) -> bool:
+        """Whether losing ``tail`` of the energy keeps the bound, but for rounding."""
+        return tail <= self.lost * total * (1 + _ROUNDING) + _ROUNDING**2 * total
+
+    @property
+    def lost(self) -> float:
+        """The share of the energy that may be lost, by ``energy`` or ``error``."""
+        return (1 - self.energy) if self.energy is not None else float(self.error or 0.0) ** 2
 
     def rounded(self, rank: int) -> int:
         """Down to a multiple, but not to nothing."""

@@ -24,12 +24,12 @@ from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.products import Packed, square
 
-__all__ = ["Factors", "gram", "product", "spectrum", "truncate"]
+__all__ = ["LARGE", "Factors", "gram", "product", "truncate"]
 
 _CHUNK = 1 << 15  # elements of a weight that are taken into float64 at once: little beside a layer,
 _ROWS = 64  # and rows at least: enough for a product
 _PANELS = 4  # in which components are made in the precision of eigenvectors
-_LARGE = 512  # from this size on rounding and time are worth a thought
+LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
 _HALF = 2  # times the rank: few enough for a block to be smaller than all
 
@@ -66,33 +66,33 @@ class Factors:
         return float(self.energy[:, self.rank :].sum())
 
 
-def gram(weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, bool]:
+def gram(
+    weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float64, *, spend: bool = False
+) -> tuple[torch.Tensor, bool]:
     """The smaller Gram matrix of W S, ``[groups, n, n]``, and whether it is that of the rows.
 
     Args:
         weight: ``[groups, rows, d]``, any floating dtype; taken into ``dtype`` in pieces.
         metric: with the root S.
-        dtype: of the result; float32 only for a plain metric.
+        dtype: of the result; float32 leaves out the jitter of a moment, which is less than its rounding.
+        spend: whether the metric is needed no more, so that its moment may be let go.
     """
     rows, width = weight.shape[-2:]
     by_rows = rows <= width
-    if by_rows and not metric.plain:
-        return metric.by_rows(weight, _step(width, len(weight))), True
+    if by_rows and not metric.plain and metric.scale is None:
+        return metric.by_rows(weight, _step(width, len(weight)), dtype, spend), True
     matrix = weight if by_rows else weight.mT
     size = matrix.shape[-2]
     if matrix.dtype == dtype and metric.plain:
         return (square(matrix[0])[None] if len(weight) == 1 else matrix @ matrix.mT), by_rows
     found = weight.new_zeros(len(weight), size, size, dtype=dtype)
-    for piece in matrix.split(_step(size, len(weight)), -1):
-        wide = piece.to(dtype)
+    step = _step(size, len(weight))
+    for start in range(0, matrix.shape[-1], step):
+        wide = matrix[..., start : start + step].to(dtype)
+        if by_rows and metric.scale is not None:
+            wide = wide * metric.scale[:, None, start : start + step].to(dtype)
         found.baddbmm_(wide, wide.mT)
-    return metric.congruent(found), by_rows
-
-
-def spectrum(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
-    """Squares of the singular values of W S, falling, float64 ``[groups, min(rows, d)]``."""
-    values = torch.linalg.eigvalsh(gram(weight, metric)[0])
-    return values.flip(-1).clamp_min(0)
+    return (found if by_rows else metric.congruent(found)), by_rows
 
 
 def truncate(
@@ -122,7 +122,7 @@ def truncate(
     if isinstance(choose, int):
         if choose >= full:
             return choose
-        if full >= _LARGE and len(weight) == 1:
+        if full >= LARGE and len(weight) == 1:
             found = _large(weight, metric, choose, seed if randomized else None, room)
             if found is not None:
                 return found
@@ -139,7 +139,7 @@ def truncate(
 
 def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None, room: int | None) -> Factors | None:
     """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
-    narrow = metric.plain and weight.dtype != torch.float64
+    narrow = (metric.plain or metric.scale is not None) and weight.dtype != torch.float64
     dtype = torch.float32 if narrow else torch.float64
     by_rows = weight.shape[-2] <= weight.shape[-1]
     full = min(weight.shape[-2:])

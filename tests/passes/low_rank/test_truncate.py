@@ -5,7 +5,8 @@ import torch
 
 from fxcompress.analysis.statistics import Moments
 from fxcompress.passes.low_rank.metric import data_metric, plain_metric
-from fxcompress.passes.low_rank.truncate import spectrum, truncate
+from fxcompress.passes.low_rank.spectra import spectrum
+from fxcompress.passes.low_rank.truncate import truncate
 
 
 def moments_of(rows: torch.Tensor) -> Moments:
