@@ -23,7 +23,7 @@ _SWEEPS = 4
 _DEGREE = 16  # of a filter at most
 _CARRIED = 1e5  # growth of the largest component over the last wanted that float32 bears
 _PANELS = 8  # in which a block is multiplied, so that what is made on the way is small
-_WIDE = 64  # columns of a panel at least: fewer are slower
+_WIDE = 256  # bytes of a row of a panel at least: fewer are slower
 _STEPS = 32  # of the Lanczos run
 _BEYOND = 16  # share of the full rank, at most, that a block has beyond the columns wanted
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
@@ -178,5 +178,5 @@ def _residual(product: Product, block: torch.Tensor, values: torch.Tensor) -> to
 def _panels(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The same columns of all of them (of vectors the elements), a few at a time."""
     columns = tensors[0].shape[-1]
-    step = -(-columns // min(_PANELS, max(1, columns // _WIDE)))
+    step = -(-columns // min(_PANELS, max(1, columns * tensors[0].element_size() // _WIDE)))
     return zip(*(tensor.split(step, -1) for tensor in tensors), strict=True)

@@ -34,17 +34,17 @@ class Sums:
         energy: Σ ‖y‖².
         fold: those among them of one half of the samples, to hold what is fitted on the other against; None where
             there is one sample only.
-        less: Σ y zᵀ of rows that are in ``cross`` and do not count; a difference would be as large as both.
+        less: of rows that are in ``cross`` and ``moment`` and do not count: differences would be as large as those.
     """
 
     cross: torch.Tensor
     moment: torch.Tensor
     energy: float
     fold: Sums | None = None
-    less: torch.Tensor | None = None
+    less: Sums | None = None
 
     def __sub__(self, other: Sums) -> Sums:
-        return Sums(self.cross, self.moment - other.moment, self.energy - other.energy, less=other.cross)
+        return Sums(self.cross, self.moment, self.energy - other.energy, less=other)
 
     def __iadd__(self, other: Sums) -> Sums:
         self.cross += other.cross
@@ -63,7 +63,7 @@ class Sums:
 
     def quadratic(self, rows: slice, factor: torch.Tensor) -> float:
         """What some rows of A, in float64, add to the loss beside Σ ‖y‖²."""
-        gap = (factor @ self.moment).sub_(self._cross(rows), alpha=2)
+        gap = self._read(factor).sub_(self._cross(rows), alpha=2)
         return float(gap.flatten() @ factor.flatten())
 
     def fitted(self, now: torch.Tensor, strength: float) -> torch.Tensor | None:
@@ -77,9 +77,11 @@ class Sums:
 
     def pieces(self, now: torch.Tensor, strength: float) -> Iterator[tuple[slice, torch.Tensor]]:
         """The same in float64, some rows at a time; none where rounding leaves no such A."""
-        scale = self.moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)[..., None]
         root = self.moment.clone()
-        root.diagonal(dim1=-2, dim2=-1).add_(strength * scale)
+        if self.less is not None:
+            root -= self.less.moment
+        diagonal = root.diagonal(dim1=-2, dim2=-1)
+        diagonal += strength * diagonal.mean(-1, keepdim=True).clamp_min(1e-300)
         failed = torch.empty(0, dtype=torch.int32, device=root.device)
         # By columns, as LAPACK has it, so that the factor takes the place of the matrix.
         root, failed = torch.linalg.cholesky_ex(root.mT, out=(root.mT, failed))
@@ -88,12 +90,19 @@ class Sums:
         for rows in _spans(now):
             part = now[..., rows, :].double()
             # In terms of the change of A, so that no rounding enters where nothing has to change.
-            gradient = (part @ self.moment).neg_().add_(self._cross(rows))
-            yield rows, torch.cholesky_solve(gradient.mT, root).mT.add_(part)
+            gradient = self._read(part).neg_().add_(self._cross(rows))
+            # Not `cholesky_solve`, which copies the root each time.
+            half = torch.linalg.solve_triangular(root, gradient.mT, upper=False)
+            yield rows, torch.linalg.solve_triangular(root.mT, half, upper=True).mT.add_(part)
 
     def _cross(self, rows: slice) -> torch.Tensor:
         found = self.cross[..., rows, :]
-        return found if self.less is None else found - self.less[..., rows, :]
+        return found if self.less is None else found - self.less.cross[..., rows, :]
+
+    def _read(self, factor: torch.Tensor) -> torch.Tensor:
+        """``factor · moment``."""
+        found = factor @ self.moment
+        return found if self.less is None else found.sub_(factor @ self.less.moment)
 
 
 @dataclass(frozen=True)
