@@ -26,7 +26,7 @@ def main() -> None:
     elif given.what == "memory":
         from benchmarks.low_rank.memory import memory
 
-        memory(sorted({int(item.split("x")[0]) for item in given.sizes.split(",")}), (0.25, 0.5, 0.7))
+        memory(sorted({int(item.split("x")[0]) for item in given.sizes.split(",")}))
     elif given.what == "crepe":
         from benchmarks.low_rank.crepe import crepe
 

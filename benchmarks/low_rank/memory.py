@@ -1,4 +1,4 @@
-"""Memory beside the model while linear layers are factorized, without data and on data, with default options."""
+"""Memory beside the model while linear layers are factorized, without data and on data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ from fxcompress.graph.edit import copy_graph
 from fxcompress.passes import FactorizeLinear, PassContext
 
 _ROWS = 64  # of a batch
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"ratio": 0.25},
+    {"ratio": 0.5},
+    {"ratio": 0.7},
+    {"energy": 0.8},
+    {"error": 0.3},
+    {"ratio": 0.5, "scope": "global"},
+    {"ratio": 0.7, "scope": "global"},
+    {"ratio": 0.5, "refit": True},
+    {"ratio": 0.7, "refit": True},
+    {"ratio": 0.5, "method": "asvd"},
+)
 
 
 def work_bytes(model: nn.Module, *, rows: int = 0, **options: Any) -> int:
@@ -72,30 +84,33 @@ def equal(width: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
 
 
-def memory(widths: Sequence[int], ratios: Sequence[float]) -> None:
+def memory(widths: Sequence[int]) -> None:
     """Measure a transformer's blocks and square layers of each width, and add them to the table."""
     path = RESULTS / "low_rank_memory.json"
-    rows = {(row["layers"], row["width"], row["ratio"]): row for row in read_rows(path) if "layers" in row}
+    rows = {(row["layers"], row["width"], row["options"]): row for row in read_rows(path) if "options" in row}
     for width in widths:
         for layers, model in (("2 blocks", block(width, 2)), ("3 square", equal(width))):
             largest = max(sum(p.numel() * 4 for p in layer.parameters()) for layer in model)
-            for ratio in ratios:
-                row = {"layers": layers, "width": width, "ratio": ratio}
-                row["without_data"] = work_bytes(model, ratio=ratio) / largest
-                row["on_data"] = work_bytes(model, ratio=ratio, rows=2 * width) / largest
-                rows[layers, width, ratio] = row
+            for options in _OPTIONS:
+                told = ", ".join(f"{name}={value!r}" for name, value in options.items())
+                row: dict[str, Any] = {"layers": layers, "width": width, "options": told, "without_data": None}
+                if not {"refit", "method"} & set(options):
+                    row["without_data"] = work_bytes(model, **options) / largest
+                row["on_data"] = work_bytes(model, rows=2 * width, **options) / largest
+                row["on_few"] = work_bytes(model, rows=width // 2, **options) / largest
+                rows[layers, width, told] = row
                 print(row, flush=True)
     write(
         path,
         title="Memory beside the model while its layers are factorized",
         rows=[rows[key] for key in sorted(rows)],
-        columns=["layers", "width", "ratio", "without_data", "on_data"],
+        columns=["layers", "width", "options", "without_data", "on_data", "on_few"],
         notes=[
-            "In sizes of the model's largest layer: all tensors that live at once while FactorizeLinear runs with "
-            "default options, as torch's profiler counts them, less the factors of layers that are done. Of two blocks "
-            "of a transformer (four layers width × width, width × 4 width, 4 width × width) the largest has 4 · width² "
-            f"numbers, of square layers width². On data: batches of {_ROWS} rows, 2 · width rows in all, which decay "
-            "over two decades."
+            "In sizes of the model's largest layer: all tensors that live at once while FactorizeLinear runs, as torch's "
+            "profiler counts them, less the factors of layers that are done. Of two blocks of a transformer (four layers "
+            "width × width, width × 4 width, 4 width × width) the largest has 4 · width² numbers, of square layers "
+            f"width². On data: batches of {_ROWS} rows, 2 · width rows in all, which decay over two decades; on few: "
+            "width / 2 rows."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )

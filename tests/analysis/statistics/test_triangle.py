@@ -37,3 +37,10 @@ def test_subtract_and_add_change_no_copy():
 def test_holds_nine_sixteenths():
     half, whole = both(256)
     assert sum(band.numel() for band in half.bands) == whole.numel() * 9 // 16
+
+
+def test_spent_leaves_nothing():
+    half, whole = both(200)
+    made = half.spent(torch.float32)
+    assert made.dtype == torch.float32 and half.bands == []
+    torch.testing.assert_close(made, whole.float())

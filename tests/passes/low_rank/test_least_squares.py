@@ -123,3 +123,26 @@ def test_inputs_without_a_batch_dimension(method):
         detail = made.rewrites[0].detail
         assert detail["output_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
         assert (detail["held_out_error"] is None) == (detail.get("method") == "tucker2")
+
+
+def test_sums_of_two_calls_are_those_of_all_rows():
+    _, now, z, y = case(60, noise=1.0)
+    order = [*range(15), *range(30, 45), *range(15, 30), *range(45, 60)]
+    both = sums(y[:30], z[:30], 15)
+    both += sums(y[30:], z[30:], 15)
+    every = fit(sums(y[order], z[order], 30), now)
+    made = fit(both, now)
+    assert made.strength == every.strength
+    torch.testing.assert_close(made.factor, every.factor)
+
+
+def test_wide_factors_are_fitted_in_pieces():
+    torch.manual_seed(0)
+    true, z = torch.randn(700, 40), torch.randn(400, 40)
+    y = z @ true.T
+    given = Sums(y.double().T @ z.double(), z.double().T @ z.double(), float(y.double().square().sum()))
+    given.fold = sums(y[:200].double(), z[:200].double())
+    made = fit(given, torch.zeros(700, 40))
+    assert made.factor.dtype == torch.float32 and given.fold is None
+    torch.testing.assert_close(made.factor, true, rtol=1e-4, atol=1e-4)
+    assert given.loss(made.factor) < 1e-8 * given.energy
