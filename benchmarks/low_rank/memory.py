@@ -106,11 +106,11 @@ def memory(widths: Sequence[int]) -> None:
         rows=[rows[key] for key in sorted(rows)],
         columns=["layers", "width", "options", "without_data", "on_data", "on_few"],
         notes=[
-            "In sizes of the model's largest layer: all tensors that live at once while FactorizeLinear runs, as torch's "
-            "profiler counts them, less the factors of layers that are done. Of two blocks of a transformer (four layers "
-            "width × width, width × 4 width, 4 width × width) the largest has 4 · width² numbers, of square layers "
-            f"width². On data: batches of {_ROWS} rows, 2 · width rows in all, which decay over two decades; on few: "
-            "width / 2 rows."
+            "In sizes of the model's largest layer: all tensors that live at once while FactorizeLinear runs, as "
+            "torch's profiler counts them, less the factors of layers that are done. Of two blocks of a transformer "
+            "(four layers width × width, width × 4 width, 4 width × width) the largest has 4 · width² numbers, of "
+            f"square layers width². On data: batches of {_ROWS} rows, 2 · width rows in all, which decay over two "
+            "decades; on few: width / 2 rows."
         ],
         facts=machine_facts(torch.get_num_threads()),
     )

@@ -263,7 +263,8 @@ def _shared_symbols(shapes: Sequence[Sequence[int | str]]) -> dict[str, list[tup
 
 
 def _is_mapping(args: tuple[Any, ...]) -> bool:
-    return len(args) == 1 and isinstance(args[0], Mapping)
+    # Tensors first: whether something is a mapping takes several times as long to find out.
+    return len(args) == 1 and not isinstance(args[0], (torch.Tensor, np.ndarray)) and isinstance(args[0], Mapping)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

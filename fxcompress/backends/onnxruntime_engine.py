@@ -6,8 +6,7 @@ import copy
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -94,20 +93,26 @@ class OnnxRuntimeEngine(Engine):
         feed = dict(zip(self._names, inputs, strict=True))
         if not self._all_fed:
             feed = {name: feed[name] for name in self._fed}
-        with self._failures():
+        try:
             if self._through_numpy:
                 outputs: Sequence[Array] = session.run(self._outputs, feed)
                 return outputs
             values = {name: _ort_value(value) for name, value in feed.items()}
             results = session.run_with_ort_values(self._outputs, values)
             return [_array(result) for result in results]
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            raise self._failed(error) from error
 
     def _execute_each(self, sets: Sequence[list[Array]]) -> list[Sequence[Array]]:
         if self._session is not None:
             return super()._execute_each(sets)
         feeds = [{n: _ort_value(value) for n, value in zip(self._names, inputs, strict=True)} for inputs in sets]
-        with self._failures():
+        try:
             found = run_parts(self.path / MODEL_FILE, self._part_session, feeds)
+        except BackendError:
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
         return [[_array(values[name]) for name in self._outputs] for values in found]
 
     def _part_session(self, model: bytes) -> Session:
@@ -116,18 +121,12 @@ class OnnxRuntimeEngine(Engine):
         options.enable_cpu_mem_arena = False  # it keeps what it allocated once
         return self.backend.open(self.path, self.manifest, options, model)
 
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        try:
-            yield
-        except BackendError:
-            raise
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise BackendError(
-                f"ONNX Runtime failed: {first_line(error)}",
-                where=str(self.path),
-                remedy="the inputs' sizes may be too small for the model, or memory may be short",
-            ) from error
+    def _failed(self, error: Exception) -> BackendError:
+        return BackendError(
+            f"ONNX Runtime failed: {first_line(error)}",
+            where=str(self.path),
+            remedy="the inputs' sizes may be too small for the model, or memory may be short",
+        )
 
     def _release(self) -> None:
         self._session = None

@@ -124,6 +124,7 @@ class OpenVINOEngine(Engine):
         super().__init__(path, manifest)
         self.backend = backend
         self._openvino = _library()
+        self._wrap = self._openvino.Tensor
         self.compiled = self._open()
         self._requests = threading.local()  # a request runs one inference at a time
         inputs, outputs = self._check_against_manifest()
@@ -133,19 +134,26 @@ class OpenVINOEngine(Engine):
         self._narrowed = [index for index, spec in enumerate(manifest.inputs) if spec.dtype in ("int64", "uint64")]
 
     def _execute(self, inputs: list[Array]) -> list[Array]:
-        request = getattr(self._requests, "own", None)
-        if request is None:
+        try:
+            request = self._requests.own
+        except AttributeError:
             request = self._requests.own = self.compiled.create_infer_request()
         for index in self._narrowed:
             self._check_range(index, inputs[index])
         # OpenVINO's tensors point to this memory and do not keep it.
-        given = [(port, _dense(inputs[index])) for index, port in self._fed]
+        given = [_dense(value) for value in inputs]
         try:
-            for port, value in given:
-                request.set_input_tensor(port, self._tensor(value))
+            for index, port in self._fed:
+                value = given[index]
+                wrapped = self._wrap(value, True) if isinstance(value, np.ndarray) else self._tensor(value)
+                request.set_input_tensor(port, wrapped)
             request.infer()
             # The request writes its next outputs into the same memory, so these are copies.
-            return [self._output(request.get_output_tensor(port), wide) for port, wide in self._given]
+            made = []
+            for port, wide in self._given:
+                tensor = request.get_output_tensor(port)
+                made.append(self._wide(tensor) if wide else tensor.data.copy())
+            return made
         except Exception as error:
             raise BackendError(
                 f"OpenVINO failed: {_reason(error)}",
@@ -251,18 +259,14 @@ class OpenVINOEngine(Engine):
                     remedy="use a backend that computes in 64 bits: onnxruntime, torchscript, torch_export",
                 )
 
-    def _tensor(self, value: Array) -> Any:
-        """An OpenVINO tensor on the same memory."""
-        if isinstance(value, np.ndarray):
-            return self._openvino.Tensor(value, True)
+    def _tensor(self, value: torch.Tensor) -> Any:
+        """An OpenVINO tensor on the same memory, of a dtype that numpy lacks."""
         bits = value.view(torch.int16 if value.element_size() == 2 else torch.int8).numpy()
         type_ = getattr(self._openvino.Type, _SHORT[dtype_name(value.dtype)])
-        return self._openvino.Tensor(bits, self._openvino.Shape(value.shape), type_)
+        return self._wrap(bits, self._openvino.Shape(value.shape), type_)
 
-    def _output(self, tensor: Any, wide: bool) -> Array:
-        if not wide:
-            array: np.ndarray = tensor.data.copy()
-            return array
+    def _wide(self, tensor: Any) -> torch.Tensor:
+        """An output of a dtype that numpy lacks."""
         dtype = getattr(torch, _NAMES[tensor.element_type.to_string()])
         bits = np.frombuffer(tensor.data.tobytes(), np.int16 if dtype.itemsize == 2 else np.int8)
         return torch.from_numpy(bits.copy()).view(dtype).reshape(list(tensor.shape))
@@ -305,9 +309,8 @@ def _dense(value: Array) -> Array:
     """``value``, or a copy where OpenVINO could not read its memory as it is."""
     if isinstance(value, torch.Tensor):
         return value.cpu().contiguous()
-    if value.flags.c_contiguous and value.flags.writeable:
-        return value
-    return np.array(value, order="C")
+    flags = value.flags
+    return value if flags.c_contiguous and flags.writeable else np.array(value, order="C")
 
 
 def _reason(error: Exception) -> str:

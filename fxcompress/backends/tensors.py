@@ -67,7 +67,8 @@ def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
     def read(value: Any) -> Array:
         is_array = isinstance(value, np.ndarray)
         if is_array:
-            right = value.dtype == expected_numpy if expected_numpy is not None else value.dtype.name == spec.dtype
+            found = value.dtype
+            right = found is expected_numpy or (found == expected_numpy if expected_numpy else found.name == spec.dtype)
         elif isinstance(value, torch.Tensor):
             right = value.dtype is expected_torch
         else:
@@ -84,8 +85,10 @@ def reader(spec: TensorSpec, native: Native) -> Callable[[Any], Array]:
             return _tensor(value) if stays_torch else value
         if stays_torch:
             return value.detach() if value.requires_grad else value
-        array: np.ndarray = value.numpy(force=True) if value.requires_grad or not value.is_cpu else value.numpy()
-        return array
+        try:
+            return value.numpy()
+        except (RuntimeError, TypeError):  # it requires a gradient, or lies on another device
+            return value.numpy(force=True)
 
     return read
 
