@@ -147,12 +147,12 @@ def opened(spec: str, name: str, threads: int, options: Mapping[str, Any], stack
 def _engine_options(spec: str) -> set[str] | None:
     """What an engine can be loaded with; None of what is no engine."""
     path = Path(spec)
-    if not (path / MANIFEST).exists() or read_manifest(path).kind != "engine":
+    if not (path / MANIFEST).exists() or (manifest := read_manifest(path)).kind != "engine":
         return None
-    cls: Any = backend_class(str(read_manifest(path).backend))
+    cls: Any = backend_class(str(manifest.backend))
     only_at_load = inspect.signature(cls.load).parameters.values()
     named = {item.name for item in only_at_load if item.kind is inspect.Parameter.KEYWORD_ONLY}
-    return named | {item.name for item in dataclasses.fields(cls)}
+    return named | ({item.name for item in dataclasses.fields(cls)} - set(cls.built_in))
 
 
 def _check_options(specs: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -161,7 +161,9 @@ def _check_options(specs: Sequence[str], options: Mapping[str, Any]) -> None:
         if not known:
             raise OptionError("options are of engines, and none is among these", where=name, remedy="leave them out")
         if name not in known:
-            raise OptionError(f"no engine here has an option {name!r}", where=name, remedy=nearest(name, known))
+            raise OptionError(
+                f"no engine here can be loaded with an option {name!r}", where=name, remedy=nearest(name, known)
+            )
 
 
 def _inputs(engine: Engine, batch: int) -> ExampleInputs:

@@ -73,10 +73,12 @@ class Backend(Options, ABC):
     Class attributes:
         name: in manifests, registries and on the command line.
         packages: distributions whose versions the manifest records.
+        built_in: options that are in the engine's files, and cannot be others when it is loaded.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]] = ()
+    built_in: ClassVar[tuple[str, ...]] = ()
 
     # -- to implement ------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class Backend(Options, ABC):
         """The backend with the options of a manifest, ``overrides`` taking precedence.
 
         Raises:
-            OptionError: an option is unknown or outside its range.
+            OptionError: an option is unknown, outside its range, or built into the engine.
         """
         assert dataclasses.is_dataclass(cls)
         known = [option.name for option in dataclasses.fields(cls)]
@@ -221,5 +223,12 @@ class Backend(Options, ABC):
                     f"backend {cls.name!r} has no option {name!r}",
                     where=f"{cls.__name__}.{name}",
                     remedy=nearest(name, known),
+                )
+        for name in cls.built_in:
+            if name in overrides and overrides[name] != manifest.options.get(name):
+                raise OptionError(
+                    f"the option {name} is built into the engine",
+                    where=f"{cls.__name__}.{name}",
+                    remedy="build the engine anew with it",
                 )
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in told.items()})

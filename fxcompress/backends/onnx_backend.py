@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx
 from torch import fx
@@ -30,6 +30,8 @@ class OnnxBackend(Backend):
     Raises:
         OptionError: an option is of the wrong type, or outside its range.
     """
+
+    built_in: ClassVar[tuple[str, ...]] = ("opset", "simplify")
 
     opset: int | None = field(default=None, kw_only=True)
     simplify: bool = field(default=True, kw_only=True)

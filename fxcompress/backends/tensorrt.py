@@ -235,13 +235,7 @@ class TensorRT(OnnxBackend):
 
     @classmethod
     def load(cls, path: Path, manifest: Manifest, **overrides: Any) -> TensorRTEngine:
-        if overrides:
-            cls.from_manifest(manifest, overrides)  # refuses unknown ones by name
-            raise OptionError(
-                f"the option {next(iter(overrides))} is built into the engine",
-                where=f"TensorRT.{next(iter(overrides))}",
-                remedy="build the engine anew with it",
-            )
+        cls.from_manifest(manifest, overrides)  # all of them are built in
         return TensorRTEngine(path, manifest)
 
     def _library(self) -> Library | None:
@@ -278,6 +272,9 @@ class TensorRT(OnnxBackend):
         if self.sparse_weights is None:
             named["sparse_weights"] = bool(sparse)
         return Settings(**{**named, "compute_capabilities": capabilities})
+
+
+TensorRT.built_in = tuple(item.name for item in dataclasses.fields(TensorRT))  # an engine is compiled with all of them
 
 
 def _not_in_rtx(option: str) -> OptionError:

@@ -42,6 +42,8 @@ class TorchExport(Backend):
     name: ClassVar[str] = "torch_export"
     packages: ClassVar[tuple[str, ...]] = ("torch",)
 
+    built_in: ClassVar[tuple[str, ...]] = ("aot_inductor",)
+
     aot_inductor: bool = False
 
     def __post_init__(self) -> None:

@@ -243,3 +243,12 @@ def test_a_type_without_kernels_is_told_as_such() -> None:
     with pytest.raises(BackendError, match="NOT_IMPLEMENTED") as caught:
         compiled.export("onnxruntime")
     assert "bfloat16" in str(caught.value.remedy) and "openvino" in str(caught.value.remedy)
+
+
+def test_what_is_in_the_file_is_no_option_of_loading(tmp_path: Path) -> None:
+    compiled = fxc.compile(nn.ReLU().eval(), example_inputs=(torch.randn(2, 3),), progress=False)
+    compiled.export(OnnxRuntime(opset=20), output=tmp_path / "engine")
+    with pytest.raises(OptionError, match="the option opset is built into the engine"):
+        fxc.load_engine(tmp_path / "engine", opset=18)
+    with fxc.load_engine(tmp_path / "engine", opset=20, threads=1) as engine:
+        assert engine.backend.threads == 1  # type: ignore[attr-defined]
