@@ -152,7 +152,7 @@ class FactorizeLinear(Pass):
         sites = [group[0] for group in groups]
         ranks: list[Any] = [goal.of_spectrum if goal.needs_spectrum else goal.fixed(price_of(s.layer)) for s in sites]
 
-        def read(held: int | list[int]) -> Any:
+        def read(held: int | list[int], room: int | None = None) -> Any:
             return site_metrics(
                 original,
                 sites,
@@ -163,15 +163,17 @@ class FactorizeLinear(Pass):
                 alpha=self.alpha if self.method == "asvd" else None,
                 held=held,
                 linear=True,
+                room=room,
             )
 
         held = self._held(sites, ranks, room)
-        metrics = read(held)
-        if self.scope == "global" or (
+        ahead = self.scope == "global" or (
             goal.needs_spectrum and any(crowded(matrix_of(site.layer), room, data is not None) for site in sites)
-        ):
+        )
+        metrics = read(held, room if ahead else None)
+        if ahead:
             # Once for the spectra, once for the factors; both from the same moments where they can all be held.
-            once = isinstance(data, Iterator) or fits(sites, held, linear=True)
+            once = isinstance(data, Iterator) or fits(sites, held, linear=True, room=room)
             metrics = list(metrics) if once else metrics
             found = spectra(metrics, lambda site: matrix_of(site.layer), room, self._root, spend=not once)
             ranks = self._ranks(sites, [found[site] for site in sites])

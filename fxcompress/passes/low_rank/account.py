@@ -11,7 +11,7 @@ from torch import fx
 
 from fxcompress.analysis.macs import macs
 from fxcompress.analysis.sizes import GraphSizes
-from fxcompress.analysis.statistics import Moments, PackedMoments
+from fxcompress.analysis.statistics import Moments, PackedMoments, Triangle
 from fxcompress.graph.queries import module_of
 from fxcompress.passes.low_rank.in_place import basis_of
 from fxcompress.passes.low_rank.metric import Metric
@@ -62,7 +62,7 @@ def errors(
     unknown = not norm
     outer, inner = approximation if isinstance(approximation, tuple) else (approximation, None)
     # Without data float32 is enough for a float32 weight: what its differences round to is no error worth telling.
-    moment = metric.moment
+    moment = metric.of_inputs
     exact = moment is not None or weight.dtype == torch.float64
     wide = torch.float64 if exact else torch.float32
     step = max(_ROWS, _PIECE // max(1, weight.shape[-1] * len(weight)))  # small beside a layer, enough for a product
@@ -97,8 +97,11 @@ def lost_mean(
     return (product(weight, mean) - product(outer, product(inner, mean)))[0, :, 0]
 
 
-def _lost(error: torch.Tensor, moment: torch.Tensor) -> float:
+def _lost(error: torch.Tensor, moment: torch.Tensor | Triangle) -> float:
     """tr(E C Eᵀ)."""
+    if isinstance(moment, Triangle):
+        wide = error[0].T
+        return float(moment.times(wide).mul_(wide).sum())
     return float(((error @ moment) * error).sum())
 
 

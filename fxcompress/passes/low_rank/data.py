@@ -18,11 +18,13 @@ from fxcompress.analysis.statistics.patches import geometry
 from fxcompress.passes.base import PassContext
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
+from fxcompress.passes.low_rank.spectra import may_be_crowded
 
 __all__ = ["fits", "site_metrics", "too_wide", "width"]
 
 _BYTES = 1 << 30  # of second moments that are held at once, if not told otherwise
 _LARGE = 512  # rows
+_FROM_INPUTS = 41 / 2  # bytes: a packed moment of inputs, the whole of it and a Gram matrix made of both, by inputs²
 _MOST = 2 << 30  # of the second moment of one site; what needs more goes without data
 
 
@@ -45,6 +47,7 @@ def site_metrics(
     held: int | Sequence[int] = _BYTES,
     linear: bool = False,
     folds: bool = False,
+    room: int | None = None,
 ) -> Iterator[tuple[Site, Metric, Moments | PackedMoments | None]]:
     """Each site with the metric of its errors, and the moments it is made of; one site at a time.
 
@@ -63,12 +66,14 @@ def site_metrics(
             while it is factored.
         linear: whether sites are taken as matrices, of which outputs tell as much as inputs; their moments are packed.
         folds: with the moments of one half of the samples beside: something is fitted to the data.
+        room: bytes that may live beside the model while spectra are computed; where a moment of inputs does not let
+            that be done it is of outputs, though others share those inputs.
     """
     if calibration is None:
         for site in sites:
             yield site, plain_metric(), None
         return
-    reads = _reads(sites, linear, folds)
+    reads = _reads(sites, linear, folds, room)
     flags = list(centred) or [False] * len(sites)
     whole = isinstance(calibration, Iterator)  # can be read only once
     spans = [(0, len(reads))] if whole else list(_chunks(reads, held))
@@ -156,8 +161,8 @@ class _Read:
         return type(self.site.layer) is nn.Embedding or self.bytes > _MOST
 
 
-def _reads(sites: Sequence[Site], linear: bool, folds: bool = False) -> list[_Read]:
-    """By outputs where that takes less memory for all sites that read the same value together."""
+def _reads(sites: Sequence[Site], linear: bool, folds: bool = False, room: int | None = None) -> list[_Read]:
+    """By outputs where that takes less memory for all sites that read the same value together, or where it has to."""
     reads = [_Read(site, packed=linear, folds=folds) for site in sites]
     if not linear:
         return reads
@@ -171,9 +176,17 @@ def _reads(sites: Sequence[Site], linear: bool, folds: bool = False) -> list[_Re
         together = members[0].bytes * len(values)  # type: ignore[arg-type]
         # Of a large square layer the moment of outputs serves as the Gram matrix too.
         less = cost < together or (cost == together and apart[0].site.layer.weight.shape[0] >= _LARGE)
+        less = less or (room is not None and any(_has_to(read.site, room) for read in apart))
         if all(_exact(read.site) for read in apart) and less:
             smaller.update(read.site.path for read in apart)
     return [_Read(read.site, read.site.path in smaller, True) for read in reads]
+
+
+def _has_to(site: Site, room: int) -> bool:
+    """Whether there is no room for the Gram matrix beside a moment of inputs from which it would be made."""
+    rows, inputs = site.layer.weight.shape[0], width(site.layer)
+    weight = site.layer.weight.flatten(1)[None]
+    return may_be_crowded(weight) and 2 * rows <= 3 * inputs and _FROM_INPUTS * inputs**2 > room
 
 
 def _exact(site: Site) -> bool:
@@ -206,9 +219,11 @@ def too_wide(sites: Sequence[Site], *, linear: bool = False, folds: bool = False
     return f"What {names} read of the data is too wide for its second moment: factored without data."
 
 
-def fits(sites: Sequence[Site], held: int | Sequence[int] = _BYTES, *, linear: bool = False) -> bool:
+def fits(
+    sites: Sequence[Site], held: int | Sequence[int] = _BYTES, *, linear: bool = False, room: int | None = None
+) -> bool:
     """Whether the data is read once for all sites."""
-    return len(list(_chunks(_reads(sites, linear), held))) <= 1
+    return len(list(_chunks(_reads(sites, linear, room=room), held))) <= 1
 
 
 def _chunks(reads: Sequence[_Read], held: int | Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,6 @@ Everything is float64 and batched over the groups of a convolution, ``[groups, �
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -61,6 +60,11 @@ class Metric:
         return self.scale is None and (not self.measures or not self.weighs)
 
     @property
+    def by_moment(self) -> bool:
+        """Whether entries of a weight are weighted with a moment, rather than a diagonal or not at all."""
+        return not self.plain and self.scale is None
+
+    @property
     def measures(self) -> bool:
         """Whether it knows the loss on data."""
         return self.of_inputs is not None or self.of_outputs is not None
@@ -79,11 +83,12 @@ class Metric:
         return self._added if "_added" in self.__dict__ else (_JITTER if self.singular else 0.0)
 
     def congruent(self, gram: torch.Tensor) -> torch.Tensor:
-        """``Sᵀ · gram · S`` for a float64 ``[groups, d, d]``, which may be written into."""
+        """``Sᵀ · gram · S`` for ``[groups, d, d]``, which may be written into; of a moment's root S float64."""
         if self.plain:
             return gram
         if self.scale is not None:
-            return gram.mul_(self.scale[:, None, :]).mul_(self.scale[..., None])
+            scale = self.scale.to(gram.dtype)  # or all of it would be taken into float64
+            return gram.mul_(scale[:, None, :]).mul_(scale[..., None])
         root = self._root()
         step = -(-root.shape[-1] // _PIECES)
         for rows in gram.split(step, -2):
@@ -128,32 +133,6 @@ class Metric:
                 found[:, start : start + step, other : other + step] = part
                 found[:, other : other + step, start : start + step] = part.mT
         return found
-
-    def product(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Of ``(weight · S)(weight · S)ᵀ`` and a float64 block, without that matrix; None where it has to be made.
-
-        Args:
-            weight: ``[rows, d]``, any floating dtype.
-        """
-        outputs = self.of_outputs
-        if outputs is None or self.plain or self.scale is not None:
-            return None
-        if not self.singular:
-            return outputs.times
-        pieces = weight.split(max(_COLUMNS, len(weight) // _PIECES // 2))
-        norm = sum(float(piece.double().square().sum()) for piece in pieces)
-        level = _JITTER * outputs.trace / max(norm, 1e-300)
-
-        def times(block: torch.Tensor) -> torch.Tensor:
-            found = outputs.times(block)
-            read = block.new_zeros(weight.shape[1], block.shape[1])
-            for piece, part in zip(pieces, block.split(len(pieces[0])), strict=True):
-                read.addmm_(piece.double().T, part)
-            for piece, part in zip(pieces, found.split(len(pieces[0])), strict=True):
-                part.addmm_(piece.double(), read, alpha=level)
-            return found
-
-        return times
 
     def lost(self, outer: torch.Tensor) -> tuple[float, float]:
         """Loss on the data, and energy of the outputs: of what is left of a weight projected on the span of ``outer``.

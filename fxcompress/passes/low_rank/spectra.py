@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from fxcompress.passes.low_rank.budget import eigenvectors
+from fxcompress.passes.low_rank.grams import gram
 from fxcompress.passes.low_rank.metric import Metric
-from fxcompress.passes.low_rank.truncate import LARGE, gram
+from fxcompress.passes.low_rank.truncate import LARGE
 
-__all__ = ["crowded", "spectra", "spectrum"]
+__all__ = ["crowded", "may_be_crowded", "spectra", "spectrum"]
 
 _FLOAT32, _FLOAT64 = 4, 8  # bytes
 
@@ -30,10 +31,12 @@ def spectrum(weight: torch.Tensor, metric: Metric, *, room: int | None = None, s
         room: bytes that it may take; beyond them float32 takes the place of float64 in large matrices.
         spend: whether the metric is needed no more, so that its moment may be let go.
     """
-    narrow = room is not None and _narrow(weight) and 2 * _FLOAT64 * min(weight.shape[-2:]) ** 2 + metric.held > room
+    narrow = (
+        room is not None and may_be_crowded(weight) and 2 * _FLOAT64 * min(weight.shape[-2:]) ** 2 + metric.held > room
+    )
     matrix = gram(weight, metric, torch.float32 if narrow else torch.float64, spend=spend)[0]
     values = torch.linalg.eigvalsh(matrix).double()
-    return values.flip(-1).clamp_min(0)
+    return values.flip(-1).clamp_min(0)[:, : min(weight.shape[-2:])]
 
 
 def spectra(
@@ -70,8 +73,9 @@ def crowded(weight: torch.Tensor, room: int, measured: bool) -> bool:
     """
     size = min(weight.shape[-2:])
     moment = measured * _FLOAT64 * size**2 * 9 // 16
-    return _narrow(weight) and eigenvectors(size, _FLOAT64) + moment > room
+    return may_be_crowded(weight) and eigenvectors(size, _FLOAT64) + moment > room
 
 
-def _narrow(weight: torch.Tensor) -> bool:
+def may_be_crowded(weight: torch.Tensor) -> bool:
+    """Whether a weight is large enough for memory to be worth a thought, and float32 enough for it."""
     return len(weight) == 1 and min(weight.shape[-2:]) >= LARGE and weight.dtype != torch.float64

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 import torch
 
 from fxcompress.passes.low_rank.budget import eigenvectors
+from fxcompress.passes.low_rank.grams import Unmade, gram, of_rows, operator, pieces
 from fxcompress.passes.low_rank.in_place import eigh, orthonormal
 from fxcompress.passes.low_rank.leading import leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
-from fxcompress.passes.low_rank.products import Packed, square
+from fxcompress.passes.low_rank.products import Packed
 
-__all__ = ["LARGE", "Factors", "gram", "product", "truncate"]
+__all__ = ["LARGE", "Factors", "product", "truncate"]
 
-_CHUNK = 1 << 15  # elements of a weight that are taken into float64 at once: little beside a layer,
-_ROWS = 64  # and rows at least: enough for a product
+_ROWS = 64  # components that are made at once, at least
 _PANELS = 4  # in which components are made in the precision of eigenvectors
 LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
@@ -64,35 +64,6 @@ class Factors:
         if self.randomized:
             return float((self.total - self.energy[:, : self.rank].sum(-1)).clamp_min(0).sum())
         return float(self.energy[:, self.rank :].sum())
-
-
-def gram(
-    weight: torch.Tensor, metric: Metric, dtype: torch.dtype = torch.float64, *, spend: bool = False
-) -> tuple[torch.Tensor, bool]:
-    """The smaller Gram matrix of W S, ``[groups, n, n]``, and whether it is that of the rows.
-
-    Args:
-        weight: ``[groups, rows, d]``, any floating dtype; taken into ``dtype`` in pieces.
-        metric: with the root S.
-        dtype: of the result; float32 leaves out the jitter of a moment, which is less than its rounding.
-        spend: whether the metric is needed no more, so that its moment may be let go.
-    """
-    rows, width = weight.shape[-2:]
-    by_rows = rows <= width
-    if by_rows and not metric.plain and metric.scale is None:
-        return metric.by_rows(weight, _step(width, len(weight)), dtype, spend), True
-    matrix = weight if by_rows else weight.mT
-    size = matrix.shape[-2]
-    if matrix.dtype == dtype and metric.plain:
-        return (square(matrix[0])[None] if len(weight) == 1 else matrix @ matrix.mT), by_rows
-    found = weight.new_zeros(len(weight), size, size, dtype=dtype)
-    step = _step(size, len(weight))
-    for start in range(0, matrix.shape[-1], step):
-        wide = matrix[..., start : start + step].to(dtype)
-        if by_rows and metric.scale is not None:
-            wide = wide * metric.scale[:, None, start : start + step].to(dtype)
-        found.baddbmm_(wide, wide.mT)
-    return (found if by_rows else metric.congruent(found)), by_rows
 
 
 def truncate(
@@ -141,17 +112,16 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None, ro
     """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
     narrow = (metric.plain or metric.scale is not None) and weight.dtype != torch.float64
     dtype = torch.float32 if narrow else torch.float64
-    by_rows = weight.shape[-2] <= weight.shape[-1]
-    full = min(weight.shape[-2:])
-    tight = room is not None and eigenvectors(full, dtype.itemsize) > room
+    by_rows, full = of_rows(weight, metric), min(weight.shape[-2:])
+    tight = room is not None and eigenvectors(full, dtype.itemsize) + metric.held > room
     if seed is not None and rank * (_HALF if tight else _FEW) <= full:
-        held = _Gram(weight, metric, dtype, rank)
+        held = operator(weight, metric, dtype, rank, tight)
         like = weight.new_empty(0, dtype=dtype)
-        found = leading(held.times, full, rank, held.trace, like=like, seed=seed)
-        total = torch.tensor([held.trace()], dtype=torch.float64)
+        found = leading(held.times, held.size, rank, held.trace, like=like, seed=seed)
+        total, unmade = torch.tensor([held.trace()], dtype=torch.float64), isinstance(held, Unmade)
         del held
         if found is not None:
-            return _factors(weight, metric, found[0][None], by_rows, found[1][None], total, randomized=True)
+            return _factors(weight, metric, found[0][None], by_rows or unmade, found[1][None], total, randomized=True)
     if not narrow:
         return None
     values, vectors = eigh(gram(weight, metric, dtype)[0])
@@ -160,36 +130,6 @@ def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None, ro
         return None
     vectors = vectors[..., -rank:].flip(-1)  # a copy: the others are let go
     return _factors(weight, metric, vectors, by_rows, energy, energy.sum(-1))
-
-
-class _Gram:
-    """The smaller Gram matrix of W S as an operator, made in the dtype of the blocks that it is asked to multiply."""
-
-    def __init__(self, weight: torch.Tensor, metric: Metric, dtype: torch.dtype, rank: int) -> None:
-        self.weight, self.metric, self.rank = weight, metric, rank
-        self.make(dtype)
-
-    def make(self, dtype: torch.dtype) -> None:
-        self.dtype, self.packed = dtype, None
-        self.unmade = self.metric.product(self.weight[0])
-        if self.unmade is not None:
-            assert self.metric.of_outputs is not None
-            self.size = self.metric.of_outputs.trace * (1 + self.metric.jitter)
-            return
-        matrix = gram(self.weight, self.metric, dtype)[0][0]
-        self.size = float(matrix.diagonal().double().sum())
-        self.packed = Packed(matrix, self.rank)
-
-    def times(self, block: torch.Tensor) -> torch.Tensor:
-        if block.dtype != self.dtype:
-            self.make(block.dtype)
-        if self.unmade is not None:
-            return self.unmade(block)
-        assert self.packed is not None
-        return self.packed.after(block.T).T
-
-    def trace(self) -> float:
-        return self.size
 
 
 def _factors(
@@ -235,13 +175,9 @@ def product(weight: torch.Tensor, right: torch.Tensor, *, by_columns: bool = Fal
     """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
     shape = (len(weight), weight.shape[-2], right.shape[-1])
     made = right.new_empty(shape[0], shape[2], shape[1]).mT if by_columns else right.new_empty(shape)
-    step = _step(weight.shape[-1], len(weight))
+    step = pieces(weight.shape[-1], len(weight))
     packed = [Packed(part, step) for part in right.mT]
     for start in range(0, weight.shape[-2], step):
         for given, part, one in zip(weight, packed, made, strict=True):
             one[start : start + step] = part.after(given[start : start + step].to(right.dtype))
     return made
-
-
-def _step(width: int, groups: int) -> int:
-    return max(_ROWS, _CHUNK // max(1, width * groups))

@@ -7,7 +7,8 @@ from torch import nn
 from fxcompress.analysis.statistics import PackedMoments, Triangle
 from fxcompress.capture import capture
 from fxcompress.passes import FactorizeLinear, PassContext
-from fxcompress.passes.low_rank.metric import Metric, diagonal_metric, output_metric, plain_metric
+from fxcompress.passes.low_rank.grams import Unmade
+from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
 from fxcompress.passes.low_rank.spectra import crowded, spectrum
 from fxcompress.passes.low_rank.truncate import truncate
 
@@ -53,13 +54,38 @@ def test_a_moment_of_few_rows_is_multiplied_without_its_matrix():
     weight, data = case(rows=300)
     metric = outputs_of(weight, data)
     assert metric.jitter > 0
-    times = metric.product(weight)
+    made, unmade = metric.by_rows(weight[None], 64)[0], Unmade(weight, metric)
     block = torch.randn(SIZE, 5, dtype=torch.float64)
-    torch.testing.assert_close(times(block), metric.by_rows(weight[None], 64)[0] @ block, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(unmade.times(block), made @ block, rtol=1e-10, atol=1e-10)
+    assert unmade.trace() == pytest.approx(float(made.trace()), rel=1e-12)
     few = truncate(weight[None], metric, 100, room=0)
     every = truncate(weight[None], metric, 100, randomized=False)
     assert few.randomized and not every.randomized
     assert few.tail == pytest.approx(every.tail, rel=2e-5)
+
+
+@pytest.mark.parametrize("rows", [300, 2 * SIZE])
+@pytest.mark.parametrize("high", [SIZE - 100, SIZE, SIZE + 200])
+def test_moments_of_inputs_serve_without_a_gram_matrix(rows, high):
+    _, data = case(rows)
+    weight = torch.randn(high, SIZE, generator=torch.Generator().manual_seed(5))
+    half = Triangle.zeros(SIZE, data.device)
+    half.add_square(data.double())
+    metric = data_metric(PackedMoments(half, data.double().sum(0)[None], rows))
+    unmade = Unmade(weight, metric)
+    jitter = metric.jitter * half.trace / SIZE * torch.eye(SIZE)
+    made = weight.double() @ (half.full() + jitter) @ weight.double().T
+    block = torch.randn(high, 5, dtype=torch.float64)
+    torch.testing.assert_close(unmade.times(block), made @ block, rtol=1e-9, atol=1e-9 * float(made.norm()))
+    assert unmade.trace() == pytest.approx(float(made.trace()), rel=1e-9)
+    small = weight[:, :SIZE][None]
+    if high >= SIZE:
+        few, every = (truncate(small, metric, 100, room=room, randomized=room == 0) for room in (0, None))
+        assert few.randomized and not every.randomized
+        assert few.tail == pytest.approx(every.tail, rel=2e-5)
+        for part in (few, every):
+            loss = float(((weight - part.outer[0] @ part.inner[0]) @ data.T).double().square().sum())
+            assert loss == pytest.approx(every.tail, rel=1e-4 if rows > SIZE else 1e-2)
 
 
 def test_weights_are_crowded_by_their_eigenvectors():
