@@ -28,6 +28,7 @@ from fxcompress.passes.low_rank.products import Packed
 __all__ = ["LARGE", "Factors", "product", "truncate"]
 
 _ROWS = 64  # components that are made at once, at least
+_UNCOPIED = 8  # times as many rows of a weight are multiplied at once where they need not be converted
 _PANELS = 4  # in which components are made in the precision of eigenvectors
 LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
@@ -175,7 +176,7 @@ def product(weight: torch.Tensor, right: torch.Tensor, *, by_columns: bool = Fal
     """``weight @ right`` in the dtype of ``right``, the weight taken into it in pieces."""
     shape = (len(weight), weight.shape[-2], right.shape[-1])
     made = right.new_empty(shape[0], shape[2], shape[1]).mT if by_columns else right.new_empty(shape)
-    step = pieces(weight.shape[-1], len(weight))
+    step = pieces(weight.shape[-1], len(weight)) * (_UNCOPIED if weight.dtype == right.dtype else 1)
     packed = [Packed(part, step) for part in right.mT]
     for start in range(0, weight.shape[-2], step):
         for given, part, one in zip(weight, packed, made, strict=True):
