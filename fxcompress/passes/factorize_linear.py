@@ -25,12 +25,12 @@ from fxcompress.passes.low_rank.linear_sites import (
     put_factors,
     with_bias,
 )
-from fxcompress.passes.low_rank.metric import Metric
+from fxcompress.passes.low_rank.metric import Metric, plain_metric
 from fxcompress.passes.low_rank.options import check_common, check_latency, goal_of, patterns
 from fxcompress.passes.low_rank.ranks import share_budget
 from fxcompress.passes.low_rank.refit import refit_outer
 from fxcompress.passes.low_rank.sites import Site
-from fxcompress.passes.low_rank.spectra import crowded, spectra
+from fxcompress.passes.low_rank.spectra import spectra
 from fxcompress.passes.low_rank.truncate import Factors, truncate
 
 __all__ = ["FactorizeLinear"]
@@ -167,16 +167,16 @@ class FactorizeLinear(Pass):
             )
 
         held = self._held(sites, ranks, room)
-        ahead = self.scope == "global" or (
-            goal.needs_spectrum and any(crowded(matrix_of(site.layer), room, data is not None) for site in sites)
-        )
-        metrics = read(held, room if ahead else None)
-        if ahead:
+        shared = self.scope == "global"
+        metrics = read(held, room if shared else None)
+        if shared:
             # Once for the spectra, once for the factors; both from the same moments where they can all be held.
             once = isinstance(data, Iterator) or fits(sites, held, linear=True, room=room)
+            if self.method == "svd" and not once:  # the data only measures
+                metrics = ((site, plain_metric(), None) for site in sites)
             metrics = list(metrics) if once else metrics
             found = spectra(metrics, lambda site: matrix_of(site.layer), room, self._root, spend=not once)
-            ranks = self._ranks(sites, [found[site] for site in sites])
+            ranks = self._shared_out(sites, [found[site] for site in sites])
             metrics = metrics if once else read(self._held(sites, ranks, room))
         done = 0
         for site, metric, moments in metrics:
@@ -191,20 +191,21 @@ class FactorizeLinear(Pass):
             return Skip(site.path, "kept_whole", "Within the budget for all layers this one is worth its whole size.")
         if isinstance(rank, int) and (reason := self._refused(site, rank)) is not None:
             return reason
-        goal, root, weight = goal_of(self), self._root(metric), matrix_of(site.layer)
-        made = truncate(weight, root, rank, randomized=self.randomized, seed=context.seed, room=room)
-        while goal.needs_spectrum and isinstance(made, Factors) and not goal.kept(made.tail, float(made.total.sum())):
-            # The rank came from a spectrum in float32, by which a bound may be missed.
-            more = goal.rounded(made.rank + goal.round_to)
-            made = truncate(weight, root, more, randomized=self.randomized, seed=context.seed, room=room)
+        made = truncate(
+            matrix_of(site.layer),
+            self._root(metric),
+            rank,
+            randomized=self.randomized,
+            seed=context.seed,
+            room=room,
+            limit=None if self.force else price_of(site.layer).break_even,
+        )
         reason = self._refused(site, made if isinstance(made, int) else made.rank)
         assert reason is not None or isinstance(made, Factors)
         return reason or made  # type: ignore[return-value]
 
-    def _ranks(self, sites: Sequence[Site], spectra: Sequence[torch.Tensor]) -> list[int | None]:
-        """Of all sites, from their spectra; None for one that stays as it is."""
-        if self.scope == "local":
-            return [goal_of(self).of_spectrum(energy) for energy in spectra]
+    def _shared_out(self, sites: Sequence[Site], spectra: Sequence[torch.Tensor]) -> list[int | None]:
+        """Ranks that share out the ratio, from the spectra; None for a site that stays as it is."""
         return share_budget(spectra, [price_of(site.layer) for site in sites], self.ratio or 0.5, self.round_to)
 
     def _root(self, metric: Metric) -> Metric:

@@ -20,8 +20,8 @@ from fxcompress.passes.low_rank.truncate import product
 
 __all__ = ["costs", "errors", "lost_mean", "macs_of"]
 
-_PIECE = 1 << 18  # bytes of a weight that are compared at once,
-_ROWS = 32  # and rows at least
+_PIECE = 1 << 18  # bytes of a weight that are compared at once: little beside a layer,
+_ROWS = 32  # and rows at least, enough for a product
 
 
 def macs_of(graph_module: fx.GraphModule, nodes: Sequence[fx.Node]) -> int | None:
@@ -65,7 +65,7 @@ def errors(
     moment = metric.of_inputs
     exact = moment is not None or weight.dtype == torch.float64
     wide = torch.float64 if exact else torch.float32
-    step = max(_ROWS, _PIECE // wide.itemsize // max(1, weight.shape[-1] * len(weight)))  # small beside a layer, enough for a product
+    step = max(_ROWS, _PIECE // wide.itemsize // max(1, weight.shape[-1] * len(weight)))
     packed = None if inner is None else [Packed(part.detach().to(wide).T, step) for part in inner]
     for old, piece in zip(weight.split(step, -2), outer.split(step, -2), strict=True):
         given, made = old.detach().to(wide), piece.detach().to(wide)

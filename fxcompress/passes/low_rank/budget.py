@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LEAST", "PEAK", "eigenvectors", "largest_layer", "working"]
+__all__ = ["LARGE", "LEAST", "PEAK", "eigenvectors", "largest_layer", "working"]
 
+LARGE = 512  # rows of a matrix from which on rounding, time and memory are worth a thought
 PEAK = 3  # times the largest layer: what may live beside the model, and beside the factors of other layers
 LEAST = 1 << 20  # bytes of moments that may always be held: in tiny models a reading costs more than they do
 _PIECES = 1 << 20  # of what is taken into float64 a piece at a time

@@ -87,26 +87,28 @@ class Unmade:
     Args:
         weight: ``[rows, d]``, any floating dtype; taken into float64 in pieces.
         metric: with a packed moment, which weighs.
+        rank: that is looked for; the jitter, which costs as much as all else, counts beyond the rows of the data only.
 
     Attributes:
         size: of its rows.
     """
 
-    def __init__(self, weight: torch.Tensor, metric: Metric) -> None:
+    def __init__(self, weight: torch.Tensor, metric: Metric, rank: int) -> None:
         self.size = len(weight)
         self.outputs, self.inputs = metric.of_outputs, metric.of_inputs
         self.split = weight.split(pieces(weight.shape[1]))
         self.width = weight.shape[1]
         total, self.jitter = 0.0, 0.0
+        jitter = metric.jitter if rank >= metric.rows else 0.0
         if self.outputs is not None:
             total = self.outputs.trace
-            if metric.singular:
+            if jitter:
                 norm = sum(float(piece.double().square().sum()) for piece in self.split)
-                self.jitter = metric.jitter * total / max(norm, 1e-300)
-                total *= 1 + metric.jitter
+                self.jitter = jitter * total / max(norm, 1e-300)
+                total *= 1 + jitter
         else:
             assert isinstance(self.inputs, Triangle)
-            self.jitter = metric.jitter * self.inputs.trace / self.width
+            self.jitter = jitter * self.inputs.trace / self.width
             for piece in self.split:
                 wide = piece.double()
                 total += float((self._weighed(wide.T) * wide.T).sum())
@@ -148,7 +150,7 @@ def operator(weight: torch.Tensor, metric: Metric, dtype: torch.dtype, rank: int
         tight: whether there is little room.
     """
     packed = metric.of_outputs is not None or (tight and isinstance(metric.of_inputs, Triangle))
-    return Unmade(weight[0], metric) if metric.by_moment and packed else Gram(weight, metric, dtype, rank)
+    return Unmade(weight[0], metric, rank) if metric.by_moment and packed else Gram(weight, metric, dtype, rank)
 
 
 def pieces(width: int, groups: int = 1) -> int:

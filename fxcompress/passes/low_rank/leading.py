@@ -15,7 +15,7 @@ import torch
 
 from fxcompress.passes.low_rank.in_place import eigh, orthonormal
 
-__all__ = ["block_width", "leading", "trusted"]
+__all__ = ["block_width", "captured", "density", "leading", "trusted"]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -28,6 +28,8 @@ _STEPS = 32  # of the Lanczos run
 _BEYOND = 16  # share of the full rank, at most, that a block has beyond the columns wanted
 _HOPELESS = 48  # a filter that would need this degree: the spectrum is too flat at the rank
 _LACKING = 1e-5  # of the loss: what the block may miss of the best one at most; half of that in the norm
+_SPARE = 8  # columns of a block that captures a whole matrix, beyond its rank
+_NOTHING = 1e-13  # of a trace, of a float32 weight
 _ROUNDING = 1e-5  # of the loss: what rounding may take
 
 
@@ -53,7 +55,8 @@ def leading(
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
     width = block_width(rank, size)
-    last, floor, top = _quantiles(product, size, (rank, width), like, generator)
+    about = _density(product, size, like, generator)
+    last, floor, top = float(about(rank)), float(about(width)), float(about(0))
     if not 0 < floor < last:
         return None
     block = torch.randn(width, size, generator=generator, device=like.device, dtype=like.dtype).T
@@ -90,12 +93,41 @@ def leading(
     return None
 
 
-def _quantiles(
-    product: Product, size: int, counts: tuple[int, int], like: torch.Tensor, generator: torch.Generator
-) -> tuple[float, float, float]:
-    """Values that about so many eigenvalues exceed, and about the largest: stochastic Lanczos quadrature.
+def captured(
+    product: Product, size: int, rank: int, trace: Callable[[], float], *, like: torch.Tensor, seed: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """All that there is of a matrix of no more than ``rank`` components; None of any other.
 
-    The spectrum's density from a short Lanczos run (Golub and Meurant 2010, Matrices, Moments and Quadrature).
+    Arguments and result as of :func:`leading`, in float64.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    width = min(rank + _SPARE, size)
+    block = torch.randn(width, size, generator=generator, device=like.device, dtype=like.dtype).T
+    for _ in range(2):
+        for (given,) in _panels(block):
+            given.copy_(product(given))
+        block = orthonormal(block)
+    ritz, turned = eigh(_projected(product, block))
+    wanted = ritz.flip(-1).clamp_min(0)[:rank]
+    if trace() - float(wanted.sum()) > _NOTHING * trace():
+        return None
+    _rotate(block, turned.flip(-1))
+    return block[:, :rank], wanted
+
+
+def density(product: Product, size: int, *, like: torch.Tensor, seed: int) -> torch.Tensor:
+    """About all eigenvalues, falling, float64 ``[size]``; arguments as of :func:`leading`."""
+    about = _density(product, size, like, torch.Generator(device=like.device).manual_seed(seed))
+    return about(torch.arange(size) + 0.5)
+
+
+def _density(
+    product: Product, size: int, like: torch.Tensor, generator: torch.Generator
+) -> Callable[[torch.Tensor | int], torch.Tensor]:
+    """Of a count the value that about so many eigenvalues exceed, of 0 about the largest.
+
+    The spectrum's density by stochastic Lanczos quadrature, from a short Lanczos run (Golub and Meurant 2010, Matrices,
+    Moments and Quadrature).
     """
     now = torch.randn(size, generator=generator, device=like.device, dtype=like.dtype)
     now = now / now.norm()
@@ -116,12 +148,15 @@ def _quantiles(
     levels = nodes.clamp_min(1e-300).log()
     levels = torch.cat([levels, levels[-1:] - math.log(10)])
 
-    def at(count: int) -> float:
-        after = min(max(int((above < count).sum()), 1), len(levels) - 1)
-        part = (count - above[after - 1]) / (above[after] - above[after - 1]).clamp_min(1e-12)
-        return float(torch.lerp(levels[after - 1], levels[after], part.clamp(0, 1)).exp())
+    def at(count: torch.Tensor | int) -> torch.Tensor:
+        if isinstance(count, int) and count == 0:
+            return nodes[0]
+        given = torch.as_tensor(count, dtype=torch.float64)
+        after = torch.searchsorted(above, given).clamp(1, len(levels) - 1)
+        part = (given - above[after - 1]) / (above[after] - above[after - 1]).clamp_min(1e-12)
+        return torch.lerp(levels[after - 1], levels[after], part.clamp(0, 1)).exp()
 
-    return at(counts[0]), at(counts[1]), float(nodes[0])
+    return at
 
 
 def trusted(largest: float, loss: float, rank: int, dtype: torch.dtype) -> bool:

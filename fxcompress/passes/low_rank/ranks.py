@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-_ROUNDING = 1e-6  # of a bound
-
 __all__ = ["Goal", "Price", "first_that", "share_budget"]
 
 
@@ -77,10 +75,6 @@ class Goal:
         tail = energy.flip(-1).cumsum(-1).flip(-1)  # [i] is what is lost when i components are kept
         rank = int((tail > self.lost * total * (1 + 1e-12)).sum(-1).max())
         return max(1, self.round_to * math.ceil(max(1, rank) / self.round_to))
-
-    def kept(self, tail: float, total: float) -> bool:
-        """Whether losing ``tail`` of the energy keeps the bound, but for rounding."""
-        return tail <= self.lost * total * (1 + _ROUNDING) + _ROUNDING**2 * total
 
     @property
     def lost(self) -> float:

@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from fxcompress.passes.low_rank.budget import eigenvectors
-from fxcompress.passes.low_rank.grams import gram
+from fxcompress.passes.low_rank.budget import LARGE
+from fxcompress.passes.low_rank.grams import gram, pieces
 from fxcompress.passes.low_rank.metric import Metric
-from fxcompress.passes.low_rank.truncate import LARGE
 
-__all__ = ["crowded", "may_be_crowded", "spectra", "spectrum"]
+__all__ = ["may_be_crowded", "spectra", "spectrum", "told"]
 
-_FLOAT32, _FLOAT64 = 4, 8  # bytes
+_FLOAT64 = 8  # bytes
+_PRECISE = 30  # times its rounding a sum of eigenvalues has to be, to count
+_RANGE = 1e30  # of squares that float32 bears
 
 
 def spectrum(weight: torch.Tensor, metric: Metric, *, room: int | None = None, spend: bool = False) -> torch.Tensor:
@@ -34,6 +35,11 @@ def spectrum(weight: torch.Tensor, metric: Metric, *, room: int | None = None, s
     narrow = (
         room is not None and may_be_crowded(weight) and 2 * _FLOAT64 * min(weight.shape[-2:]) ** 2 + metric.held > room
     )
+    if narrow:  # all in float32's range?
+        norm = metric.of_outputs.trace if metric.by_moment and metric.of_outputs is not None else _energy(weight)
+        narrow = 1 / _RANGE < norm < _RANGE
+    if spend and not metric.by_moment and metric.of_outputs is not None:
+        metric.of_outputs.bands.clear()  # it only measures
     matrix = gram(weight, metric, torch.float32 if narrow else torch.float64, spend=spend)[0]
     values = torch.linalg.eigvalsh(matrix).double()
     return values.flip(-1).clamp_min(0)[:, : min(weight.shape[-2:])]
@@ -63,19 +69,21 @@ def spectra(
     return found
 
 
-def crowded(weight: torch.Tensor, room: int, measured: bool) -> bool:
-    """Whether all eigenvectors of the smaller Gram matrix are more than may live beside a model.
+def told(energies: torch.Tensor, rank: int) -> bool:
+    """Whether what lies beyond a rank is much more than what float32 may have made of it.
 
     Args:
-        weight: ``[groups, rows, d]``.
-        room: bytes that may.
-        measured: whether a packed moment lives beside them.
+        energies: of :func:`spectrum`, ``[n]``.
+        rank: that was chosen by them.
     """
-    size = min(weight.shape[-2:])
-    moment = measured * _FLOAT64 * size**2 * 9 // 16
-    return may_be_crowded(weight) and eigenvectors(size, _FLOAT64) + moment > room
+    rounding = len(energies) * torch.finfo(torch.float32).eps * float(energies[0])
+    return float(energies[max(rank - 1, 0) :].sum()) > _PRECISE * rounding
 
 
 def may_be_crowded(weight: torch.Tensor) -> bool:
     """Whether a weight is large enough for memory to be worth a thought, and float32 enough for it."""
     return len(weight) == 1 and min(weight.shape[-2:]) >= LARGE and weight.dtype != torch.float64
+
+
+def _energy(weight: torch.Tensor) -> float:
+    return sum(float(rows.double().square().sum()) for rows in weight[0].split(pieces(weight.shape[-1])))

@@ -14,24 +14,26 @@ Gram matrix, which is looked at afterwards; all else is float64, where the Gram 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fxcompress.passes.low_rank.budget import eigenvectors
+from fxcompress.passes.low_rank.budget import LARGE, eigenvectors
 from fxcompress.passes.low_rank.grams import Unmade, gram, of_rows, operator, pieces
 from fxcompress.passes.low_rank.in_place import eigh, orthonormal
-from fxcompress.passes.low_rank.leading import leading, trusted
+from fxcompress.passes.low_rank.leading import captured, density, leading, trusted
 from fxcompress.passes.low_rank.metric import Metric
 from fxcompress.passes.low_rank.products import Packed
+from fxcompress.passes.low_rank.spectra import may_be_crowded, spectrum, told
 
-__all__ = ["LARGE", "Factors", "product", "truncate"]
+__all__ = ["Factors", "product", "truncate"]
 
 _ROWS = 64  # components that are made at once, at least
 _UNCOPIED = 8  # times as many rows of a weight are multiplied at once where they need not be converted
 _PANELS = 4  # in which components are made in the precision of eigenvectors
-LARGE = 512  # from this size on rounding and time are worth a thought
 _FEW = 4  # times the rank, not more than the full one: few enough for a block of vectors to be faster than all
+_MORE = 8  # components at least that a search looks for beyond the guess,
+_MARGIN = 16  # and this share of them
 _HALF = 2  # times the rank: few enough for a block to be smaller than all
 
 
@@ -59,6 +61,11 @@ class Factors:
         """Columns of ``outer``."""
         return self.outer.shape[-1]
 
+    def first(self, rank: int) -> Factors:
+        """The leading components alone."""
+        outer, inner = self.outer[..., :rank].clone(), self.inner[:, :rank].clone()  # the others are let go
+        return replace(self, outer=outer, inner=inner)
+
     @property
     def tail(self) -> float:
         """Loss that the spectrum predicts: the energy beyond the rank."""
@@ -75,6 +82,7 @@ def truncate(
     randomized: bool = True,
     seed: int = 0,
     room: int | None = None,
+    limit: int | None = None,
 ) -> Factors | int:
     """The best weight of a rank in the metric, as two factors of equal norms.
 
@@ -86,12 +94,17 @@ def truncate(
         seed: of that block.
         room: bytes of eigenvectors, with the work space of LAPACK; where all of them take more a block is also tried
             where it is slower.
+        limit: a rank from which on no factors are wanted.
 
     Returns:
-        the factors; or the rank, where ``choose`` gives one that is not below the full rank.
+        the factors; or the rank, where ``choose`` gives one that is not below the full rank, or the limit.
     """
     full = min(weight.shape[-2:])
-    if isinstance(choose, int):
+    if not isinstance(choose, int):
+        searched = _searched(weight, metric, choose, seed if randomized else None, room, min(limit or full, full))
+        if searched is not None:
+            return searched
+    else:
         if choose >= full:
             return choose
         if full >= LARGE and len(weight) == 1:
@@ -109,20 +122,77 @@ def truncate(
     return _factors(weight, metric, vectors, by_rows, energy, energy.sum(-1))
 
 
+def _searched(
+    weight: torch.Tensor,
+    metric: Metric,
+    choose: Callable[[torch.Tensor], int],
+    seed: int | None,
+    room: int | None,
+    limit: int,
+) -> Factors | int | None:
+    """By a block of a few more components than are needed, which tells all that ``choose`` has to know.
+
+    None where that finds nothing, or where there is room for all eigenvectors.
+    """
+    full = min(weight.shape[-2:])
+    crowded = room is not None and eigenvectors(full, torch.float64.itemsize) + metric.held > room
+    if seed is None or not crowded or not may_be_crowded(weight):
+        return None
+    half, known = full // _HALF, False
+    guess = choose(_estimate(weight, metric, seed)[None])
+    while True:
+        if not known and (guess >= limit or guess > half):
+            energies = spectrum(weight, metric, room=room)
+            guess, known = choose(energies), True
+            if not told(energies[0], guess):
+                guess = choose(spectrum(weight, metric))
+            if guess >= limit:
+                return guess
+        if guess > half:
+            return _large(weight, metric, guess, None, room)
+        rank = min(guess + max(_MORE, guess // _MARGIN), half)
+        found = _large(weight, metric, rank, seed, room)
+        if found is None:
+            return None
+        if found.randomized:  # what lies beyond is one more component
+            rest = (found.total - found.energy.sum(-1)).clamp_min(0)
+            needed = choose(torch.cat([found.energy, rest[:, None]], -1))
+        else:
+            needed = choose(found.energy)
+        if needed >= limit:
+            return needed
+        if needed <= found.rank:
+            return found.first(needed)
+        guess = max(needed, rank + 1, rank + rank // _MARGIN)
+
+
+def _estimate(weight: torch.Tensor, metric: Metric, seed: int) -> torch.Tensor:
+    """About the energies, ``[n]``."""
+    narrow = metric.plain or metric.scale is not None
+    like = weight.new_empty(0, dtype=torch.float32 if narrow else torch.float64)
+    held = operator(weight, metric, like.dtype, LARGE, tight=True)
+    return density(held.times, held.size, like=like, seed=seed)[: min(weight.shape[-2:])]
+
+
 def _large(weight: torch.Tensor, metric: Metric, rank: int, seed: int | None, room: int | None) -> Factors | None:
     """A few leading components by a random block, or all in float32; None where neither is accurate enough."""
     narrow = (metric.plain or metric.scale is not None) and weight.dtype != torch.float64
     dtype = torch.float32 if narrow else torch.float64
     by_rows, full = of_rows(weight, metric), min(weight.shape[-2:])
+    if metric.by_moment and metric.singular and rank >= metric.rows:
+        seed = None  # beyond its rows the data tells nothing: what is left are equal components of the jitter
     tight = room is not None and eigenvectors(full, dtype.itemsize) + metric.held > room
     if seed is not None and rank * (_HALF if tight else _FEW) <= full:
         held = operator(weight, metric, dtype, rank, tight)
         like = weight.new_empty(0, dtype=dtype)
         found = leading(held.times, held.size, rank, held.trace, like=like, seed=seed)
-        total, unmade = torch.tensor([held.trace()], dtype=torch.float64), isinstance(held, Unmade)
+        if found is None and tight and weight.dtype != torch.float64:
+            found = captured(held.times, held.size, rank, held.trace, like=like.double(), seed=seed)
+        total = torch.tensor([held.trace()], dtype=torch.float64, device=weight.device)
+        by_rows = by_rows or isinstance(held, Unmade)
         del held
         if found is not None:
-            return _factors(weight, metric, found[0][None], by_rows or unmade, found[1][None], total, randomized=True)
+            return _factors(weight, metric, found[0][None], by_rows, found[1][None], total, randomized=True)
     if not narrow:
         return None
     values, vectors = eigh(gram(weight, metric, dtype)[0])

@@ -1,5 +1,7 @@
 """Spectra, and ranks that follow from them, where there is little room."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from fxcompress.capture import capture
 from fxcompress.passes import FactorizeLinear, PassContext
 from fxcompress.passes.low_rank.grams import Unmade
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
-from fxcompress.passes.low_rank.spectra import crowded, spectrum
+from fxcompress.passes.low_rank.spectra import spectrum
 from fxcompress.passes.low_rank.truncate import truncate
 
 SIZE = 512
@@ -47,14 +49,14 @@ def test_float32_tells_the_same_spectrum(kind, spend):
     torch.testing.assert_close(exact, energies, rtol=1e-6, atol=1e-7 * float(energies[0]))
     torch.testing.assert_close(narrow, energies, rtol=1e-4, atol=1e-5 * float(energies[0]))
     assert narrow.dtype == torch.float64 and not torch.equal(narrow, exact)
-    assert metric.of_outputs is None or (metric.of_outputs.bands == []) == (spend and kind != "diagonal")
+    assert metric.of_outputs is None or (metric.of_outputs.bands == []) == spend
 
 
 def test_a_moment_of_few_rows_is_multiplied_without_its_matrix():
     weight, data = case(rows=300)
     metric = outputs_of(weight, data)
     assert metric.jitter > 0
-    made, unmade = metric.by_rows(weight[None], 64)[0], Unmade(weight, metric)
+    made, unmade = metric.by_rows(weight[None], 64)[0], Unmade(weight, metric, SIZE)
     block = torch.randn(SIZE, 5, dtype=torch.float64)
     torch.testing.assert_close(unmade.times(block), made @ block, rtol=1e-10, atol=1e-10)
     assert unmade.trace() == pytest.approx(float(made.trace()), rel=1e-12)
@@ -72,7 +74,7 @@ def test_moments_of_inputs_serve_without_a_gram_matrix(rows, high):
     half = Triangle.zeros(SIZE, data.device)
     half.add_square(data.double())
     metric = data_metric(PackedMoments(half, data.double().sum(0)[None], rows))
-    unmade = Unmade(weight, metric)
+    unmade = Unmade(weight, metric, SIZE)
     jitter = metric.jitter * half.trace / SIZE * torch.eye(SIZE)
     made = weight.double() @ (half.full() + jitter) @ weight.double().T
     block = torch.randn(high, 5, dtype=torch.float64)
@@ -88,32 +90,62 @@ def test_moments_of_inputs_serve_without_a_gram_matrix(rows, high):
             assert loss == pytest.approx(every.tail, rel=1e-4 if rows > SIZE else 1e-2)
 
 
-def test_weights_are_crowded_by_their_eigenvectors():
-    square, wide, small = torch.empty(1, SIZE, SIZE), torch.empty(1, SIZE, 4 * SIZE), torch.empty(1, 8, 8)
-    layer = 4 * SIZE**2
-    assert crowded(square, 3 * layer, measured=False)
-    assert not crowded(wide, 12 * layer, measured=True)
-    assert not crowded(square, 7 * layer, measured=False) and crowded(square, 7 * layer, measured=True)
-    assert not crowded(small, 0, measured=False)
+def layers(*weights: torch.Tensor) -> nn.Sequential:
+    made = [nn.Linear(weight.shape[1], weight.shape[0], bias=False) for weight in weights]
+    for layer, weight in zip(made, weights, strict=True):
+        layer.weight = nn.Parameter(weight)
+    return nn.Sequential(*made).eval()
 
 
-@pytest.mark.parametrize("options", [{"energy": 0.9}, {"error": 0.3}, {"error": 0.02, "force": True}])
-@pytest.mark.parametrize("rows", [0, 2 * SIZE])
-def test_bounds_hold_where_ranks_come_from_float32(options, rows):
+@pytest.mark.parametrize("options", [{"energy": 0.9}, {"error": 0.3}, {"error": 0.01}, {"error": 3e-4}])
+@pytest.mark.parametrize("rows", [0, 2 * SIZE, SIZE // 2])
+@pytest.mark.parametrize("shape", ["square", "high", "low rank", "decayed"])
+def test_ranks_by_energy_and_error_are_the_least(options, rows, shape):
+    """In a model of large layers alone there is no room for all eigenvectors of one."""
     weight, data = case(rows or 1)
-    layer = nn.Linear(SIZE, SIZE, bias=False)
-    decayed = weight * torch.logspace(0, -3, SIZE)
-    layer.weight = nn.Parameter(decayed)
-    graph_module = capture(nn.Sequential(layer).eval(), (torch.randn(2, SIZE),), dynamic_shapes="batch")
-    calibration = list(data.split(128)) if rows else None
-    made = FactorizeLinear(**options, calibration=calibration).run(graph_module, PassContext())
-    (rewrite,) = made.rewrites
-    matrix = decayed @ data.T if rows else decayed
-    energies = torch.linalg.svdvals(matrix.double()).square()
+    if shape == "high":
+        weight = torch.randn(SIZE + 80, SIZE, generator=torch.Generator().manual_seed(2))
+    elif shape == "low rank":
+        weight = weight[:, :50] @ weight[:50] / 512**0.5
+    elif shape == "decayed":
+        weight = torch.linalg.qr(weight)[0] * torch.logspace(0, -8, SIZE) @ torch.linalg.qr(weight.T)[0]
+    graph_module = capture(layers(weight), (torch.randn(2, SIZE),), dynamic_shapes="batch")
+    batches = Counted(data.split(128)) if rows else None
+    made = FactorizeLinear(**options, calibration=batches).run(graph_module, PassContext())
+    matrix = weight.double() @ data.double().T if rows else weight.double()
+    energies = torch.linalg.svdvals(matrix).square()
     tails = energies.flip(0).cumsum(0).flip(0) / energies.sum()
     lost = 1 - options["energy"] if "energy" in options else options["error"] ** 2
     least = int((tails > lost).sum())
-    assert least <= rewrite.detail["rank"] <= least + 1
+    assert batches is None or batches.reads == 1
+    break_even = -(-weight.numel() // sum(weight.shape))
+    if least >= break_even:
+        told = re.search(r"[Rr]ank (\d+)", made.skipped[0].reason)
+        assert told is not None and abs(int(told[1]) - least) <= 1  # it may come from a spectrum in float32
+        return
+    (rewrite,) = made.rewrites
+    assert rewrite.detail["rank"] == least
     told = rewrite.detail["output_error" if rows else "weight_error"]
-    assert told**2 <= lost * (1 + 1e-5)
-    assert told**2 == pytest.approx(float(tails[rewrite.detail["rank"]]), rel=1e-3)
+    assert told**2 <= lost * (1 + 1e-4)
+
+
+class Counted(list):
+    reads = 0
+
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+def test_factors_whose_rank_does_not_pay_are_not_made(monkeypatch):
+    weight, _ = case()
+    made = truncate(weight[None], plain_metric(), lambda energy: 300, room=12 * SIZE**2, limit=256)
+    assert made == 300
+
+
+def test_a_scale_that_float32_cannot_bear():
+    weight, _ = case()
+    exact = torch.linalg.svdvals(weight.double()).square()
+    for scale in (1e18, 1e-20):
+        energies = spectrum(weight[None] * scale, plain_metric(), room=0)[0]
+        torch.testing.assert_close(energies / scale**2, exact, rtol=1e-4, atol=1e-3)
