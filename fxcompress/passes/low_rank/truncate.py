@@ -154,13 +154,13 @@ def _searched(
         found = _large(weight, metric, rank, seed, room)
         if found is None:
             return None
-        if found.randomized:  # what lies beyond is one more component
+        if found.randomized:  # what lies beyond is one more component: if it is needed, nobody knows how many are
             rest = (found.total - found.energy.sum(-1)).clamp_min(0)
             needed = choose(torch.cat([found.energy, rest[:, None]], -1))
         else:
             needed = choose(found.energy)
-        if needed >= limit:
-            return needed
+            if needed >= limit:
+                return needed
         if needed <= found.rank:
             return found.first(needed)
         guess = max(needed, rank + 1, rank + rank // _MARGIN)
