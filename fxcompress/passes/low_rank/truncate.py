@@ -141,7 +141,8 @@ def _searched(
     half, known = full // _HALF, False
     guess = choose(_estimate(weight, metric, seed)[None])
     while True:
-        if not known and (guess >= limit or guess > half):
+        near = guess + guess // _MARGIN >= limit  # a guess is off by as much
+        if not known and (near or guess > half):
             energies = spectrum(weight, metric, room=room)
             guess, known = choose(energies), True
             if not told(energies[0], guess):
