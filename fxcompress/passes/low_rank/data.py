@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxcompress.analysis.statistics import MeanAbs, Moments, PackedMoments, SecondMoment, collect
 from fxcompress.analysis.statistics.patches import geometry
 from fxcompress.passes.base import PassContext
+from fxcompress.passes.low_rank.budget import LARGE
 from fxcompress.passes.low_rank.metric import Metric, data_metric, diagonal_metric, output_metric, plain_metric
 from fxcompress.passes.low_rank.sites import CONVS, TRANSPOSED, Site
 from fxcompress.passes.low_rank.spectra import may_be_crowded
@@ -23,7 +24,6 @@ from fxcompress.passes.low_rank.spectra import may_be_crowded
 __all__ = ["fits", "site_metrics", "too_wide", "width"]
 
 _BYTES = 1 << 30  # of second moments that are held at once, if not told otherwise
-_LARGE = 512  # rows
 _FROM_INPUTS = 41 / 2  # bytes: a packed moment of inputs, the whole of it and a Gram matrix made of both, by inputs²
 _MOST = 2 << 30  # of the second moment of one site; what needs more goes without data
 
@@ -175,7 +175,7 @@ def _reads(sites: Sequence[Site], linear: bool, folds: bool = False, room: int |
         cost = sum(read.bytes * len(read.values) for read in apart)
         together = members[0].bytes * len(values)  # type: ignore[arg-type]
         # Of a large square layer the moment of outputs serves as the Gram matrix too.
-        less = cost < together or (cost == together and apart[0].site.layer.weight.shape[0] >= _LARGE)
+        less = cost < together or (cost == together and apart[0].site.layer.weight.shape[0] >= LARGE)
         less = less or (room is not None and any(_has_to(read.site, room) for read in apart))
         if all(_exact(read.site) for read in apart) and less:
             smaller.update(read.site.path for read in apart)
